@@ -1,0 +1,35 @@
+# make demo | test | test-slow | lint: each sets up .venv first, and only when the pinned set has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.PHONY: demo test test-slow lint setup
+
+setup: $(STAMP)
+
+# torch comes first and alone: what the others ask for is then satisfied by the pinned build.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python train.py --config conf/mini/supervised_street.yaml --output $(DEMO) --overwrite
+	$(BIN)/python test.py $(DEMO)
+	$(BIN)/python -m scripts.demo_images --output $(DEMO)/images
+	$(BIN)/python predict.py $(DEMO) --input $(DEMO)/images --output $(DEMO)/predictions
+	@echo "Table:    $(DEMO)/test/metrics.md"
+	@echo "Pictures: $(DEMO)/test/pictures  $(DEMO)/pictures  $(DEMO)/predictions"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not cuda"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not cuda"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,1 @@
+"""The mini world: procedural scenes with exact labels in several sensors."""

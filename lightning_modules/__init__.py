@@ -1,0 +1,1 @@
+"""The training rules, one method a file."""

@@ -1,0 +1,1 @@
+"""Plain networks: usable in a notebook without Lightning."""

@@ -1,0 +1,25 @@
+import pytest
+
+from functional.classes import ClassTable, class_table
+
+
+def test_the_street_table_has_the_order_and_colours_of_the_eleven_class_palette():
+    table = class_table("deliver11")
+    assert table.names[:4] == ("sky", "building", "fence", "person") and len(table) == 11
+    assert table.colors[table.names.index("traffic sign")] == (250, 170, 30)
+
+
+@pytest.mark.parametrize("name", ["deliver11", "mini_objects"])
+def test_no_two_classes_of_a_table_share_a_colour(name):
+    colors = class_table(name).colors
+    assert len(set(colors)) == len(colors)
+
+
+def test_an_unknown_table_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="deliver12.*deliver11"):
+        class_table("deliver12")
+
+
+def test_a_table_with_a_name_too_many_is_refused():
+    with pytest.raises(ValueError, match="one colour per name"):
+        ClassTable("broken", ("a", "b"), ((0, 0, 0),))

@@ -1,0 +1,63 @@
+"""The rooms of the house depend on each other in one direction only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"train", "test", "predict", "compare", "cli", "scripts", "benchmarks"}
+ROOMS = {"functional", "models", "datamodules", "callbacks", "lightning_modules"} | COMMANDS
+ALLOWED = {
+    "functional": {"functional"},
+    "models": {"models", "functional"},
+    "datamodules": {"datamodules", "functional"},
+    "callbacks": {"callbacks", "functional"},
+    "lightning_modules": {"lightning_modules", "models", "functional"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names & ROOMS
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_a_room_imports_only_the_rooms_below_it(room):
+    upward = {
+        f"{path.relative_to(ROOT)}: {sorted(extra)}"
+        for path in (ROOT / room).rglob("*.py")
+        if (extra := imported_rooms(path) - ALLOWED[room])
+    }
+    assert not upward
+
+
+def test_no_product_file_is_longer_than_450_lines():
+    product = [p for room in sorted(ROOMS) for p in [ROOT / f"{room}.py", *(ROOT / room).rglob("*.py")] if p.exists()]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in product}
+    assert {name: n for name, n in lengths.items() if n > 450} == {}
+    assert sum(lengths.values()) <= 9000
+
+
+@pytest.mark.slow
+def test_the_core_imports_neither_torchvision_nor_xformers():
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in ALLOWED
+        for path in sorted((ROOT / room).rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    code = (
+        "import importlib, sys\n"
+        "sys.modules['torchvision'] = sys.modules['xformers'] = None\n"
+        f"for name in {['cli', 'predict', *modules]!r}: importlib.import_module(name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
