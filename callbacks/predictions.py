@@ -1,0 +1,95 @@
+"""Pictures and tables of each validation: what the numbers look like."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from callbacks.pictures import comparison, confusion_picture, to_uint8
+from functional.classes import IGNORE_INDEX
+
+
+class Predictions(Callback):
+    """Draws the first images of each validation set with truth and prediction into <run>/pictures.
+
+    The same images every time, and the latest validation's pictures replace those before. Where the run logs
+    to wandb, they go there too (with masks to switch on and off by class), as do the IoU of each class and
+    the confusion matrix of each set. It asks the LightningModule for `classes`, for `matrices` (of each set)
+    and that `validation_step` returns class ids [B, H, W].
+
+    Args:
+        per_set: images of each set; 0 draws none.
+    """
+
+    def __init__(self, per_set: int = 2):
+        self.per_set = per_set
+        self.drawn: dict[str, list] = {}  # wandb's images of this validation, by set
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.drawn = {}
+
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch: dict, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw images of this batch while the set has not had its share."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        set_name = list(pl_module.matrices)[dataloader_idx]
+        drawn = self.drawn.setdefault(set_name, [])
+        for i in range(min(self.per_set - len(drawn), len(outputs))):
+            image = to_uint8(batch["image"][i])
+            truth, prediction = (ids[i].cpu().numpy().astype(np.uint8) for ids in (batch["label"], outputs))
+            table = pl_module.classes
+            picture = comparison(image, truth, prediction, table.names, table.colors)
+            folder = Path(trainer.default_root_dir) / "pictures"
+            folder.mkdir(parents=True, exist_ok=True)
+            name = re.sub(r"[^\w.-]+", "_", f"val-{set_name}-{batch['name'][i]}")
+            Image.fromarray(picture).save(folder / f"{name}.png")
+            drawn.append((image, truth, prediction, batch["name"][i]))
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        """Send pictures and tables to wandb."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
+            return
+        media = wandb_media(pl_module.classes.names, pl_module.matrices, self.drawn)
+        for logger in loggers:
+            # The step under which Lightning logs the scores of this validation.
+            logger.log_metrics(media, step=max(trainer.global_step - 1, 0))
+
+
+def wandb_media(names: tuple[str, ...], matrices: dict, drawn: dict[str, list]) -> dict:
+    """Build what wandb shows of a validation.
+
+    Args:
+        names: of the classes.
+        matrices: confusion matrix of each set, computed.
+        drawn: by set, (image, truth, prediction, name) of each picture.
+
+    Returns:
+        wandb objects by logged name.
+    """
+    import wandb
+
+    labels = {**dict(enumerate(names)), IGNORE_INDEX: "ignored"}
+    scores = {set_name: matrix.compute() for set_name, matrix in matrices.items()}
+    media = {}
+    for set_name, score in scores.items():
+        picture = confusion_picture(score["matrix"].numpy(), names)
+        media[f"val/{set_name}/confusion_matrix"] = wandb.Image(picture)
+    for set_name, samples in drawn.items():
+        panels = []
+        for image, truth, prediction, name in samples:
+            masks = {
+                "prediction": {"mask_data": prediction, "class_labels": labels},
+                "truth": {"mask_data": truth, "class_labels": labels},
+            }
+            panels.append(wandb.Image(image, masks=masks, caption=name))
+        if panels:
+            media[f"val/{set_name}/pictures"] = panels
+    rows = [[name, *(float(score["IoU"][i]) for score in scores.values())] for i, name in enumerate(names)]
+    media["val/IoU_table"] = wandb.Table(columns=["class", *scores], data=rows)
+    return media

@@ -1,0 +1,241 @@
+"""What every method shares: parameter groups, schedule, scores by set, checkpoints without frozen weights."""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from math import prod
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from functional.classes import class_table
+from functional.fingerprint import weights_sha256
+from lightning_modules.metrics import ConfusionMatrix
+
+NORMALISATIONS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
+
+
+def parameter_groups(
+    module: nn.Module,
+    lr: float,
+    weight_decay: float,
+    lr_multipliers: dict[str, float],
+    decay_norm_and_bias: bool,
+) -> list[dict]:
+    """Sort the trainable parameters into groups of one learning rate and one weight decay.
+
+    Args:
+        module: what is trained.
+        lr: base learning rate.
+        weight_decay: decay of all groups, but of norms and biases only if `decay_norm_and_bias`.
+        lr_multipliers: factor of the learning rate by part of a parameter's name; several matches multiply.
+        decay_norm_and_bias: False exempts the parameters of normalisation layers and those named `bias`.
+
+    Raises:
+        ValueError: nothing is trainable, or a part is in no trainable parameter's name.
+    """
+    groups, unused, seen = {}, set(lr_multipliers), set()
+    for module_name, owner in module.named_modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{module_name}.{leaf}"
+            parts = [part for part in lr_multipliers if part in name]
+            unused -= set(parts)
+            multiplier = prod(lr_multipliers[part] for part in parts)
+            exempt = not decay_norm_and_bias and (leaf == "bias" or isinstance(owner, NORMALISATIONS))
+            decay = 0.0 if exempt else weight_decay
+            key = (multiplier, decay)
+            group = {"params": [], "lr": lr * multiplier, "weight_decay": decay}
+            groups.setdefault(key, group)["params"].append(parameter)
+    if unused or not groups:
+        raise ValueError(
+            f"The optimiser cannot be built: found {len(seen)} trainable parameters, and no name among them "
+            f"with {sorted(unused) or 'anything'}. Correct model.init_args.lr_multipliers, or train more."
+        )
+    return list(groups.values())
+
+
+def describe_difference(stored: dict, names: list[str], colors: list[list[int]]) -> str:
+    """List what differs between a stored class table and the one in use; empty if nothing does."""
+    old = list(stored["names"])
+    if old == names:
+        changed = [n for n, a, b in zip(names, stored["colors"], colors, strict=True) if list(a) != list(b)]
+        return f"other colours for {', '.join(changed)}" if changed else ""
+    found = []
+    if gone := [name for name in old if name not in names]:
+        found.append(f"only in the checkpoint: {', '.join(gone)}")
+    if new := [name for name in names if name not in old]:
+        found.append(f"only in this model: {', '.join(new)}")
+    if moved := [name for name in names if name in old and old.index(name) != names.index(name)]:
+        found.append(f"with another id: {', '.join(moved)}")
+    return "; ".join(found)
+
+
+class SegmentationModule(LightningModule, ABC):
+    """Trains a network from image [B, 3, H, W] in [0, 1] to logits [B, C, H, W]; a subclass adds the rule.
+
+    Validation and test score each set of the DataModule on one confusion matrix and log, in percent,
+    `val/<set>/mIoU`, `val/<set>/IoU/<class>`, `val/<set>/aAcc`, `val/<set>/mAcc`, and the mean over sets
+    `val/mIoU`.
+
+    Args:
+        network: plain module, image to logits.
+        classes: name of the class table.
+        lr: base learning rate of AdamW.
+        weight_decay: decoupled weight decay.
+        schedule: (step, max_steps) -> multiplier of the learning rates; None keeps them constant.
+        lr_multipliers: factor of the learning rate by part of a parameter's name, such as {"head": 10}.
+        decay_norm_and_bias: whether weight decay also pulls on normalisation layers and biases.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: str,
+        lr: float = 6e-5,
+        weight_decay: float = 0.01,
+        schedule: Callable[[int, int], float] | None = None,
+        lr_multipliers: dict[str, float] | None = None,
+        decay_norm_and_bias: bool = True,
+    ):
+        super().__init__()
+        self.network, self.classes = network, class_table(classes)
+        self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
+        self.lr_multipliers, self.decay_norm_and_bias = lr_multipliers or {}, decay_norm_and_bias
+        self.matrices: dict[str, ConfusionMatrix] = {}  # of the running or latest validation or test, by set
+        self.frozen_digests: dict[str, str] = {}
+
+    @abstractmethod
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self, self.lr, self.weight_decay, self.lr_multipliers, self.decay_norm_and_bias)
+        )
+        max_steps = self.trainer.max_steps
+        if self.schedule is not None and max_steps < 1:
+            raise ValueError(
+                f"A learning rate schedule needs the length of the run: found trainer.max_steps = "
+                f"{max_steps}. Set trainer.max_steps."
+            )
+
+        def multiplier(step: int) -> float:
+            return 1.0 if self.schedule is None else self.schedule(step, max_steps)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # All processes built the same weights from one seed; from here on their dropout must differ.
+        if self.global_rank > 0:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image)
+
+    def predict_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the class ids [B, H, W] of a batch's images."""
+        return self(batch["image"]).argmax(1)
+
+    def start_scoring(self, stage: str) -> None:
+        names = getattr(self.trainer.datamodule, f"{stage}_set_names")
+        self.matrices = {name: ConfusionMatrix(len(self.classes)).to(self.device) for name in names}
+
+    def score(self, batch: dict, batch_idx: int, dataloader_idx: int) -> Tensor:
+        prediction = self.predict_step(batch, batch_idx, dataloader_idx)
+        list(self.matrices.values())[dataloader_idx].update(prediction, batch["label"])
+        return prediction
+
+    def log_scores(self, stage: str) -> None:
+        scores = {}
+        for name, matrix in self.matrices.items():
+            found = matrix.compute()
+            scores |= {f"{stage}/{name}/{key}": found[key] for key in ("mIoU", "aAcc", "mAcc")}
+            ious = zip(self.classes.names, found["IoU"], strict=True)
+            scores |= {f"{stage}/{name}/IoU/{class_name}": iou for class_name, iou in ious}
+        means = torch.stack([scores[f"{stage}/{name}/mIoU"] for name in self.matrices])
+        scores[f"{stage}/mIoU"] = means.nanmean()
+        # Every process has the scores of all; sync_dist only spares Lightning's warning that they might not.
+        self.log_dict({name: value.float() for name, value in scores.items()}, sync_dist=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self.start_scoring("val")
+
+    def validation_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.score(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.start_scoring("test")
+
+    def test_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.score(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_scores("test")
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint leaves out because training never changes them.
+
+        A method whose training changes weights without gradients, such as a teacher's, overrides this.
+        """
+        named = self.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in named if not parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        table = self.classes
+        checkpoint["classes"] = {
+            "name": table.name,
+            "names": list(table.names),
+            "colors": [list(color) for color in table.colors],
+        }
+        frozen = self.frozen_parameters()
+        if not self.frozen_digests:
+            self.frozen_digests = digests_by_part(frozen)
+        checkpoint["frozen"] = {"names": sorted(frozen), "sha256": self.frozen_digests}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Check the class table and the frozen weights, and put these where strict loading looks for them.
+
+        Raises:
+            ValueError: the checkpoint is of another class table, or rests on other frozen weights.
+        """
+        if missing := [key for key in ("classes", "frozen") if key not in checkpoint]:
+            raise ValueError(
+                f"The checkpoint is not one of ours: found no {' and no '.join(missing)} in it. "
+                "Give a checkpoint that train.py wrote."
+            )
+        table, stored = self.classes, checkpoint["classes"]
+        difference = describe_difference(stored, list(table.names), [list(color) for color in table.colors])
+        if difference:
+            raise ValueError(
+                f"The checkpoint is of class table {stored['name']!r} ({len(stored['names'])} classes), the "
+                f"model of {table.name!r} ({len(table)}); {difference}. Use the config of its run."
+            )
+        weights, names = self.state_dict(), checkpoint["frozen"]["names"]
+        own = digests_by_part({name: weights[name] for name in names if name in weights})
+        expected = checkpoint["frozen"]["sha256"]
+        if wrong := sorted(part for part in expected if own.get(part) != expected[part]):
+            raise ValueError(
+                f"The checkpoint was trained on other frozen weights: found a different SHA-256 for "
+                f"{', '.join(wrong)}. Load them from where the run's config took them, in the same precision."
+            )
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **{name: weights[name] for name in names}}
+
+
+def digests_by_part(weights: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of the weights of each part: the first three steps of a name, as in network.diffusion.unet."""
+    parts = defaultdict(dict)
+    for name, tensor in weights.items():
+        parts[".".join(name.split(".")[:-1][:3])][name] = tensor
+    return {part: weights_sha256(tensors) for part, tensors in parts.items()}

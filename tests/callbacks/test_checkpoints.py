@@ -1,0 +1,231 @@
+"""A run that is resumed equals one that never stopped; files are whole; foreign ones are refused."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, rng_state, set_rng_state
+from lightning_modules.schedules import WarmupPoly
+from tests.tiny_training import TinyDataModule, tiny_module, tiny_trainer
+
+
+class Killed(Exception):
+    pass
+
+
+class Observer(Callback):
+    """Records what a step saw and gave, and ends the process's training at the start of batch `kill_at`."""
+
+    def __init__(self, kill_at: int | None = None):
+        self.kill_at, self.seen = kill_at, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.kill_at:
+            raise Killed
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(
+            (batch_idx, tuple(batch["name"]), float(outputs["loss"]), float(batch["image"].sum()))
+        )
+
+
+def train(folder, kill_at=None, resume=None, workers=0, every_n_steps=4, data=None, **trainer_arguments):
+    observer, checkpoints = Observer(kill_at), Checkpoints(every_n_steps)
+    module = tiny_module(schedule=WarmupPoly(warmup_steps=3))
+    trainer = tiny_trainer(folder, 8, [observer, checkpoints], **trainer_arguments)
+    data = data or TinyDataModule(num_workers=workers)
+    arguments = {"datamodule": data, "ckpt_path": resume, "weights_only": True}
+    if kill_at is None:
+        trainer.fit(module, **arguments)
+    else:
+        with pytest.raises(Killed):
+            trainer.fit(module, **arguments)
+    return observer.seen, folder / "checkpoints"
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_equal(a, b):
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_end(whole, resumed, forked=False):
+    a, b = load(whole / "last.ckpt"), load(resumed / "last.ckpt")
+    if forked:  # python itself reseeds `random` in a forked process
+        for state in a["callbacks"]["Checkpoints"]["rng"] + b["callbacks"]["Checkpoints"]["rng"]:
+            del state["python"]
+    assert a["global_step"] == b["global_step"] == 8
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "TinyDataModule"):
+        assert_equal(a[key], b[key])
+    assert a["loops"]["fit_loop"]["epoch_loop.state_dict"] == b["loops"]["fit_loop"]["epoch_loop.state_dict"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_four_steps_and_a_resume_equal_eight_steps_bit_for_bit(tmp_path, workers, accumulated):
+    options = {"workers": workers, "accumulate_grad_batches": accumulated}
+    torch.manual_seed(1)
+    expected, whole = train(tmp_path / "whole", **options)
+
+    # With accumulation the kill falls between two micro-batches, of which the first must be trained again.
+    kill_at = 5 if accumulated == 1 else 9
+    _, stopped = train(tmp_path / "resumed", kill_at=kill_at, **options)
+    torch.manual_seed(2)  # another process starts with other generators
+    seen, resumed = train(tmp_path / "resumed", resume=stopped / "last.ckpt", **options)
+
+    assert seen == expected[4 * accumulated :]
+    assert_same_end(whole, resumed)
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_run_resumed_from_the_checkpoint_of_a_validation_equals_one_that_went_on(tmp_path, name):
+    options = {"limit_val_batches": 1.0, "val_check_interval": 4, "every_n_steps": 100}
+    expected, whole = train(tmp_path / "whole", **options)
+    _, stopped = train(tmp_path / "resumed", kill_at=6, **options)
+    seen, resumed = train(tmp_path / "resumed", resume=stopped / f"{name}.ckpt", **options)
+    assert seen == expected[4:]
+    assert_same_end(whole, resumed)
+
+
+@pytest.mark.cuda
+def test_a_run_resumed_on_a_gpu_draws_the_same_dropout(tmp_path):
+    expected, whole = train(tmp_path / "whole", accelerator="gpu")
+    _, stopped = train(tmp_path / "resumed", kill_at=5, accelerator="gpu")
+    seen, resumed = train(tmp_path / "resumed", resume=stopped / "last.ckpt", accelerator="gpu")
+    assert [name for _, name, *_ in seen] == [name for _, name, *_ in expected[4:]]
+    assert [loss for *_, loss, _ in seen] == pytest.approx([loss for *_, loss, _ in expected[4:]], rel=1e-5)
+    a, b = (load(folder / "last.ckpt")["callbacks"]["Checkpoints"]["rng"] for folder in (whole, resumed))
+    assert_equal(a, b)
+
+
+def test_two_processes_resume_as_exactly_as_one(tmp_path):
+    def fit(folder, max_steps, resume=None):
+        options = {"devices": 2, "strategy": "ddp_fork"}
+        trainer = tiny_trainer(folder, max_steps, [Checkpoints(100)], **options)
+        trainer.fit(tiny_module(), datamodule=TinyDataModule(), ckpt_path=resume, weights_only=True)
+        return folder / "checkpoints"
+
+    whole, stopped = fit(tmp_path / "whole", 8), fit(tmp_path / "resumed", 4)
+    resumed = fit(tmp_path / "resumed", 8, stopped / "last.ckpt")
+    assert_same_end(whole, resumed, forked=True)
+    states = load(resumed / "last.ckpt")["callbacks"]["Checkpoints"]["rng"]
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])  # dropout differs between processes
+
+
+def test_a_validation_between_steps_does_not_change_training(tmp_path):
+    plain, _ = train(tmp_path / "plain")
+    validated, _ = train(tmp_path / "validated", limit_val_batches=1.0, val_check_interval=2)
+    assert plain == validated
+
+
+def test_best_is_kept_by_the_monitored_score_and_survives_a_resume():
+    checkpoints = Checkpoints(monitor="val/mIoU")
+    assert checkpoints.improves(3.0) and not checkpoints.improves(float("nan"))
+    checkpoints.best_score = 3.0
+    assert (
+        checkpoints.improves(3.1) and not checkpoints.improves(2.9) and not checkpoints.improves(float("nan"))
+    )
+
+    resumed = Checkpoints(mode="min")
+    resumed.load_state_dict(checkpoints.state_dict())
+    assert resumed.best_score == 3.0
+    assert resumed.improves(2.9) and not resumed.improves(3.1)
+
+
+def test_best_is_written_only_after_the_validation_with_the_best_score(tmp_path):
+    class Scores(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("val/made_up", {2: 1.0, 4: 5.0, 6: 2.0, 8: 3.0}[trainer.global_step])
+
+    trainer = tiny_trainer(
+        tmp_path, 8, [Scores(), Checkpoints(100, "val/made_up")], limit_val_batches=1, val_check_interval=2
+    )
+    trainer.fit(tiny_module(), TinyDataModule())
+    assert load(tmp_path / "checkpoints/best.ckpt")["global_step"] == 4
+    assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 8
+
+
+def test_the_last_step_is_saved_whatever_the_interval(tmp_path):
+    _, folder = train(tmp_path, every_n_steps=1000)
+    assert load(folder / "last.ckpt")["global_step"] == 8
+    assert not (folder / "best.ckpt").exists()
+
+
+def test_validation_inside_gradient_accumulation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"val_check_interval 3 .* trainer.accumulate_grad_batches 2"):
+        train(tmp_path, accumulate_grad_batches=2, val_check_interval=3)
+
+
+def test_the_config_of_the_run_is_in_its_checkpoints(tmp_path):
+    checkpoints = Checkpoints(2)
+    checkpoints.config_text = "seed: 3\n"
+    tiny_trainer(tmp_path, 2, [checkpoints]).fit(tiny_module(), TinyDataModule())
+    assert load(tmp_path / "checkpoints/last.ckpt")["config"] == "seed: 3\n"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+
+    def fail_in_the_middle(content, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fail_in_the_middle)
+    with pytest.raises(OSError, match="no space left"):
+        writer.save_checkpoint({"step": 2}, path)
+    assert writer.load_checkpoint(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_half_written_files_of_a_killed_run_are_removed_at_the_next_start(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/.last.ckpt.tmp").write_bytes(b"half")
+    _, folder = train(tmp_path)
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt"]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "marker"), "w"))
+
+    torch.save({"state_dict": Malicious()}, tmp_path / "bad.ckpt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt", weights_only=False)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nothing\.ckpt"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "nothing.ckpt")
+
+
+def test_generators_go_on_from_the_stored_state(tmp_path):
+    torch.save(rng_state(), tmp_path / "rng")
+    first = random.random(), np.random.rand(), torch.rand(1).item()
+    set_rng_state(load(tmp_path / "rng"))
+    assert first == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+@pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"mode": "highest"}])
+def test_wrong_arguments_are_named(wrong):
+    with pytest.raises(ValueError, match="every_n_steps >= 1 and mode min or max"):
+        Checkpoints(**wrong)

@@ -1,0 +1,77 @@
+"""Each validation leaves pictures of the same images; wandb gets masks, an IoU table, confusion matrices."""
+
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from callbacks.predictions import Predictions
+from tests.tiny_training import TinyDataModule, tiny_module, tiny_trainer
+
+
+def run(tmp_path, per_set, **arguments):
+    callback = Predictions(per_set)
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1, "enable_checkpointing": False}
+    trainer = tiny_trainer(tmp_path, 2, [callback], **options, **arguments)
+    trainer.fit(tiny_module(), TinyDataModule())
+    return sorted(path.name for path in (tmp_path / "pictures").glob("*"))
+
+
+@pytest.mark.parametrize("per_set", [0, 1, 3])
+def test_the_first_images_of_each_set_are_drawn(tmp_path, per_set):
+    day = [f"val-day-tiny-1-{i}.png" for i in range(min(per_set, 3))]
+    night = [f"val-night-tiny-2-{i}.png" for i in range(min(per_set, 2))]
+    assert run(tmp_path, per_set) == day + night
+
+
+def test_a_picture_shows_image_truth_and_prediction(tmp_path):
+    run(tmp_path, 1)
+    picture = np.asarray(Image.open(tmp_path / "pictures/val-day-tiny-1-0.png"))
+    colors = {tuple(color) for color in picture.reshape(-1, 3)}
+    data = TinyDataModule().eval_datasets("val")["day"][0]
+    assert tuple(data["image"][5, 5]) in colors
+    table = tiny_module().classes
+    assert {table.colors[i] for i in np.unique(data["label"]) if i != 255} <= colors
+
+
+def test_a_sanity_check_draws_nothing(tmp_path):
+    options = {"limit_val_batches": 1.0, "num_sanity_val_steps": 1, "val_check_interval": 100}
+    trainer = tiny_trainer(tmp_path, 1, [Predictions(1)], enable_checkpointing=False, **options)
+    trainer.fit(tiny_module(), TinyDataModule())
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_wandb_gets_masks_with_class_names_the_table_and_confusion_matrices(tmp_path):
+    class Recorder(WandbLogger):
+        def __init__(self):
+            self.logged = []
+
+        def log_metrics(self, metrics, step=None):
+            self.logged.append((step, metrics))
+
+        def log_hyperparams(self, *args):
+            pass
+
+        def log_graph(self, *args):
+            pass
+
+        def save(self):
+            pass
+
+        def finalize(self, status):
+            pass
+
+        name = version = save_dir = None
+
+    recorder = Recorder()
+    run(tmp_path, 1, logger=recorder)
+    media = [(step, metrics) for step, metrics in recorder.logged if "val/IoU_table" in metrics]
+    assert [step for step, _ in media] == [0, 1]
+    assert {0, 1} == {step for step, metrics in recorder.logged if "val/mIoU" in metrics}
+    last = media[-1][1]
+    assert last["val/IoU_table"].columns == ["class", "day", "night"]
+    assert last["val/IoU_table"].data[0][0] == "sky" and len(last["val/IoU_table"].data) == 11
+    assert {"val/day/confusion_matrix", "val/night/confusion_matrix"} <= set(last)
+    picture = last["val/day/pictures"][0]
+    assert set(picture._masks) == {"prediction", "truth"}
+    assert picture._caption == "tiny-1-0"

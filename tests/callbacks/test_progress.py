@@ -1,0 +1,85 @@
+"""Rates are measured and logged, in a terminal and without one, and cover the whole run."""
+
+import time
+
+import pytest
+import torch
+
+from callbacks.checkpoints import Checkpoints
+from callbacks.progress import Progress, count_images
+from tests.tiny_training import TinyDataModule, tiny_module, tiny_trainer
+
+
+class SlowData(TinyDataModule):
+    """Training batches that take their time."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if self.trainer.training:
+            time.sleep(0.05)
+        return super().on_before_batch_transfer(batch, dataloader_idx)
+
+
+def run(tmp_path, progress, steps=6, data=None, **arguments):
+    trainer = tiny_trainer(
+        tmp_path, steps, [progress], enable_checkpointing=False, enable_progress_bar=True, **arguments
+    )
+    trainer.fit(tiny_module(), data or TinyDataModule())
+    return trainer
+
+
+def test_throughput_and_waiting_are_logged(tmp_path):
+    trainer = run(tmp_path, Progress(), data=SlowData())
+    assert 0.5 < trainer.callback_metrics["train/data_wait"] <= 1
+    assert 1 < trainer.callback_metrics["train/images_per_s"] < 40
+
+
+def test_validation_and_saving_are_not_waiting(tmp_path, monkeypatch):
+    class SlowValidation(TinyDataModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            time.sleep(0.1 if self.trainer.validating else 0)
+            return super().on_before_batch_transfer(batch, dataloader_idx)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.1), save(*args)))
+    progress = Progress()
+    options = {"limit_val_batches": 1, "val_check_interval": 3, "enable_progress_bar": True}
+    trainer = tiny_trainer(tmp_path, 9, [progress, Checkpoints(2)], **options)
+    trainer.fit(tiny_module(), SlowValidation())
+    assert len(progress.window) >= 2
+    waits = sorted(waited for waited, _, _ in progress.window)
+    assert waits[len(waits) // 2] < 0.05  # most gaps hold a save or a validation and are not among these
+
+
+def test_without_a_terminal_there_are_plain_lines_and_no_bar(tmp_path, capsys):
+    run(tmp_path, Progress(line_every_s=0))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "\x1b" not in "".join(lines)
+    assert lines[-1].startswith("step 6/6  ") and lines[-1].endswith("images/s  0:00:00 left")
+
+
+def test_lines_come_no_more_often_than_asked_but_the_last_step_has_one(tmp_path, capsys):
+    run(tmp_path, Progress(line_every_s=100))
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 6/6"]
+
+
+@pytest.mark.parametrize("every", [0, 100])
+def test_in_a_terminal_a_bar_counts_the_batches_of_the_run(tmp_path, capsys, monkeypatch, every):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    progress = Progress(refresh_every_s=every)
+    refreshed = []
+    update = progress._update_metrics
+    monkeypatch.setattr(progress, "_update_metrics", lambda *args: (refreshed.append(1), update(*args)))
+    run(tmp_path, progress, accumulate_grad_batches=2)
+    assert progress.train_progress_bar.total == 12 and progress.train_progress_bar.completed == 12
+    assert progress.train_progress_bar.description == "Training"
+    assert {"train/loss", "images/s", "data_wait"} <= set(progress.get_metrics(progress.trainer, None))
+    assert len(refreshed) >= 12 if every == 0 else len(refreshed) <= 2
+    assert "Training" in capsys.readouterr().out
+
+
+def test_images_of_nested_batches_add_up():
+    image = torch.zeros(2, 3, 4, 4)
+    assert count_images({"image": image, "name": ["a", "b"]}) == 2
+    assert count_images({"source": {"image": image}, "target": {"image": image[:1]}, "weight": 1.0}) == 3

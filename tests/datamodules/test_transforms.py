@@ -1,0 +1,72 @@
+"""The augmentation is seeded by its sample, keeps image and label together, and every option changes it."""
+
+import numpy as np
+import pytest
+
+from datamodules.transforms import RandomCropFlipJitter
+
+LABEL = (np.arange(32 * 48).reshape(32, 48) // 100).astype(np.uint8)
+LABEL[0] = 255
+IMAGE = np.stack([LABEL * 10] * 3, -1)
+QUIET = {"flip": 0.0, "jitter": 0.0, "scale": (1.0, 1.0), "ratio": (1.5, 1.5)}
+
+
+def test_the_same_seed_gives_the_same_sample_and_another_seed_another():
+    transform, again = RandomCropFlipJitter((16, 24)), RandomCropFlipJitter((16, 24))
+    image, label = transform(IMAGE, LABEL, seed=5)
+    transform(IMAGE, LABEL, seed=6)
+    for repeated in (transform(IMAGE, LABEL, seed=5), again(IMAGE, LABEL, seed=5)):
+        assert np.array_equal(image, repeated[0]) and np.array_equal(label, repeated[1])
+    assert not np.array_equal(image, transform(IMAGE, LABEL, seed=6)[0])
+
+
+def test_the_crop_has_the_asked_size_and_labels_stay_ids():
+    for seed in range(20):
+        image, label = RandomCropFlipJitter((16, 24))(IMAGE, LABEL, seed)
+        assert image.shape == (16, 24, 3) and image.dtype == np.uint8
+        assert label.shape == (16, 24) and label.dtype == np.uint8
+        assert set(np.unique(label)) <= set(np.unique(LABEL))
+
+
+def test_without_randomness_the_sample_stays_as_it_is():
+    image, label = RandomCropFlipJitter((32, 48), **QUIET)(IMAGE, LABEL, seed=0)
+    assert np.array_equal(image, IMAGE) and np.array_equal(label, LABEL)
+
+
+def test_a_flip_turns_image_and_label_together():
+    image, label = RandomCropFlipJitter((32, 48), **QUIET | {"flip": 1.0})(IMAGE, LABEL, seed=0)
+    assert np.array_equal(image, IMAGE[:, ::-1]) and np.array_equal(label, LABEL[:, ::-1])
+
+
+def test_flip_and_jitter_happen_independently_of_each_other():
+    transform = RandomCropFlipJitter((32, 48), **QUIET | {"flip": 0.5, "jitter": 0.5})
+    kinds = set()
+    for seed in range(40):
+        image, label = transform(IMAGE, LABEL, seed)
+        flipped = np.array_equal(label, LABEL[:, ::-1])
+        kinds.add((flipped, not np.array_equal(image, IMAGE[:, ::-1] if flipped else IMAGE)))
+    assert len(kinds) == 4
+
+
+@pytest.mark.parametrize("option", ["brightness", "contrast", "saturation"])
+def test_each_colour_factor_changes_the_image_and_not_the_label(option):
+    colorful = np.random.default_rng(0).integers(60, 200, (32, 48, 3), dtype=np.uint8)
+    off = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
+    arguments = {**QUIET, "jitter": 1.0, **off}
+    unchanged, _ = RandomCropFlipJitter((32, 48), **arguments)(colorful, LABEL, seed=1)
+    changed, label = RandomCropFlipJitter((32, 48), **arguments | {option: 0.5})(colorful, LABEL, seed=1)
+    assert np.abs(unchanged.astype(int) - colorful).max() <= 1
+    assert not np.array_equal(changed, unchanged)
+    assert np.array_equal(label, LABEL)
+
+
+def test_scale_and_ratio_bound_the_crop():
+    ramp = np.tile(np.arange(48, dtype=np.uint8), (32, 1))
+    image = np.stack([ramp] * 3, -1)
+    wide, _ = RandomCropFlipJitter((32, 48), **QUIET)(image, ramp, seed=0)
+    small, _ = RandomCropFlipJitter((32, 48), **QUIET | {"scale": (0.25, 0.25)})(image, ramp, seed=0)
+    narrow, _ = RandomCropFlipJitter((32, 48), **QUIET | {"scale": (0.25, 0.25), "ratio": (0.5, 0.5)})(
+        image, ramp, 0
+    )
+    spans = [int(view.max()) - int(view.min()) for view in (wide, small, narrow)]
+    assert spans[0] == 47 and 22 <= spans[1] <= 24 and spans[2] < spans[1]

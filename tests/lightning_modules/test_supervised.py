@@ -1,0 +1,35 @@
+"""Cross entropy over the valid pixels only."""
+
+import torch
+
+from lightning_modules.supervised import pixel_cross_entropy
+from tests.tiny_training import TinyDataModule, tiny_module, tiny_trainer
+
+
+def test_ignored_pixels_neither_count_nor_dilute():
+    logits = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    label = torch.tensor([[[0, 255], [2, 255]]])
+    log = logits.log_softmax(1)
+    expected = -(log[0, 0, 0, 0] + log[0, 2, 1, 0]) / 2
+    torch.testing.assert_close(pixel_cross_entropy(logits, label), expected)
+
+
+def test_a_label_without_a_valid_pixel_gives_zero_loss_and_zero_gradients():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = pixel_cross_entropy(logits, torch.full((1, 2, 2), 255))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_training_changes_exactly_what_is_trainable_and_learns(tmp_path):
+    module = tiny_module(lr=3e-2)
+    module.network.dropout.p = 0.0
+    before = {name: weight.clone() for name, weight in module.network.named_parameters()}
+    data = TinyDataModule(length=2)
+    data.transform = None
+    trainer = tiny_trainer(tmp_path, 60, enable_checkpointing=False)
+    trainer.fit(module, data)
+    changed = {n for n, weight in module.network.named_parameters() if not torch.equal(weight, before[n])}
+    assert changed == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert trainer.callback_metrics["train/loss"] < 2.3  # chance is log(11) = 2.398
+    assert trainer.callback_metrics["train/pixel_accuracy"] > 100 / 11
