@@ -1,0 +1,164 @@
+"""Drawing: legends, rows of image | truth | prediction, confusion matrices; a callback for tests."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback
+from PIL import Image, ImageDraw, ImageFont
+
+from functional.palette import IGNORED_COLOR, colorize, heat, overlay
+
+Colors = Sequence[tuple[int, int, int]]
+LINE = 18  # height of a line of text
+
+
+def text_width(text: str) -> int:
+    """Width of a text in pixels in the font of all pictures."""
+    return int(ImageFont.load_default(12).getlength(text)) + 1
+
+
+def legend(names: Sequence[str], colors: Colors, width: int, ignored: bool = False) -> np.ndarray:
+    """Draw a colour swatch with its name for each class, in as many columns as fit.
+
+    Args:
+        names, colors: of the classes, in order of their ids.
+        width: of the picture in pixels.
+        ignored: also show the colour of ignored pixels.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    entries = [*zip(names, colors, strict=True), *([("ignored", IGNORED_COLOR)] if ignored else [])]
+    cell = max((text_width(name) for name, _ in entries), default=0) + LINE + 8
+    columns = max(1, width // cell)
+    rows = -(-len(entries) // columns)
+    picture = Image.new("RGB", (width, rows * LINE + 4), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (name, color) in enumerate(entries):
+        x, y = 2 + (i % columns) * cell, 2 + (i // columns) * LINE
+        draw.rectangle((x, y + 2, x + LINE - 5, y + LINE - 3), fill=tuple(color), outline="black")
+        draw.text((x + LINE, y + 1), name, fill="black", font=ImageFont.load_default(12))
+    return np.asarray(picture)
+
+
+def _titled(picture: np.ndarray, title: str) -> np.ndarray:
+    bar = Image.new("RGB", (picture.shape[1], LINE), "white")
+    ImageDraw.Draw(bar).text((2, 1), title, fill="black", font=ImageFont.load_default(12))
+    return np.concatenate([np.asarray(bar), picture])
+
+
+def comparison(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    prediction: np.ndarray,
+    names: Sequence[str],
+    colors: Colors,
+    width: int = 256,
+) -> np.ndarray:
+    """Draw image | truth | prediction | prediction over the image, and the legend of the classes below.
+
+    Args:
+        image: uint8 [H, W, 3].
+        truth: uint8 ids [H, W], or None where there is no label.
+        prediction: uint8 ids [H, W].
+        names, colors: of the classes.
+        width: each panel is at least this wide (smaller images are enlarged by a whole factor, pixels kept).
+
+    Returns:
+        uint8 [height, total width, 3].
+    """
+    panels = {"image": image}
+    if truth is not None:
+        panels["truth"] = colorize(truth, colors)
+    panels |= {"prediction": colorize(prediction, colors), "overlay": overlay(image, prediction, colors)}
+    factor = max(1, -(-width // image.shape[1]))
+    gap = np.full((image.shape[0] * factor + LINE, 4, 3), 255, np.uint8)
+    row = []
+    for title, panel in panels.items():
+        row += [_titled(panel.repeat(factor, 0).repeat(factor, 1), title), gap]
+    top = np.concatenate(row[:-1], 1)
+    shown = np.unique(prediction if truth is None else np.concatenate([truth.ravel(), prediction.ravel()]))
+    present = [i for i in shown if i < len(names)]
+    below = legend(
+        [names[i] for i in present], [colors[i] for i in present], top.shape[1], ignored=255 in shown
+    )
+    return np.concatenate([top, below])
+
+
+def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Draw a confusion matrix: rows are the truth (each adds to 100 percent), columns the prediction.
+
+    Args:
+        matrix: pixel counts, [truth, prediction].
+        names: of the classes.
+
+    Returns:
+        uint8 [height, width, 3]; a row of a class without pixels is grey.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    total = matrix.sum(1, keepdims=True)
+    share = np.divide(matrix, total, out=np.full_like(matrix, np.nan), where=total > 0)
+    cell, margin, count = 34, max(map(text_width, names)) + 8, len(names)
+    picture = Image.new("RGB", (margin + cell * count + 4, LINE + margin + cell * count + 4), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    draw.text((4, 1), "rows: truth, columns: prediction, % of the truth", fill="black", font=font)
+    squares = Image.fromarray(heat(share)).resize((cell * count, cell * count), Image.Resampling.NEAREST)
+    picture.paste(squares, (margin, LINE + margin))
+    for i, name in enumerate(names):
+        draw.text((4, LINE + margin + i * cell + 10), name, fill="black", font=font)
+        upright = Image.new("RGB", (margin, LINE), "white")
+        ImageDraw.Draw(upright).text((4, 1), name, fill="black", font=font)
+        picture.paste(upright.rotate(90, expand=True), (margin + i * cell + 8, LINE))
+        for j, value in enumerate(share[i]):
+            if value >= 0.005:
+                place = (margin + j * cell + cell // 2, LINE + margin + i * cell + cell // 2)
+                ink = "white" if value > 0.5 else "black"
+                draw.text(place, f"{100 * value:.0f}", fill=ink, font=font, anchor="mm")
+    return np.asarray(picture)
+
+
+def to_uint8(image: torch.Tensor) -> np.ndarray:
+    """Turn an image [3, H, W] in [0, 1] into uint8 [H, W, 3]."""
+    return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+class TestPictures(Callback):
+    """Draws the first images of each test set with truth and prediction, and its confusion matrix.
+
+    It asks the LightningModule for `matrices`, the confusion matrix of each set, and that `test_step` returns
+    class ids [B, H, W].
+
+    Args:
+        folder: where the pictures go.
+        per_set: images of each set to draw.
+        names, colors: of the classes.
+    """
+
+    __test__ = False  # no test class for pytest
+
+    def __init__(self, folder: str | Path, per_set: int, names: Sequence[str], colors: Colors):
+        self.folder, self.per_set, self.names, self.colors = Path(folder), per_set, names, colors
+        self.drawn: dict[int, int] = {}
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        """Draw images of this batch while the set has not had its share."""
+        wanted = self.per_set - self.drawn.get(dataloader_idx, 0)
+        if wanted <= 0 or not trainer.is_global_zero:
+            return
+        for i in range(min(wanted, len(outputs))):
+            truth, prediction = (ids[i].cpu().numpy().astype(np.uint8) for ids in (batch["label"], outputs))
+            picture = comparison(to_uint8(batch["image"][i]), truth, prediction, self.names, self.colors)
+            self._save(picture, f"{list(pl_module.matrices)[dataloader_idx]}-{batch['name'][i]}")
+        self.drawn[dataloader_idx] = self.drawn.get(dataloader_idx, 0) + min(wanted, len(outputs))
+
+    def on_test_end(self, trainer, pl_module) -> None:
+        """Draw one confusion matrix for each set."""
+        for name, scores in pl_module.matrices.items():
+            self._save(confusion_picture(scores.matrix.cpu().numpy(), self.names), f"confusion-{name}")
+
+    def _save(self, picture: np.ndarray, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.folder / (re.sub(r"[^\w.-]+", "_", name) + ".png"))

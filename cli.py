@@ -1,0 +1,330 @@
+"""The command line: one subclass of LightningCLI, the run folder, and models built from what a run left."""
+
+import json
+import secrets
+import shutil
+import sys
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from callbacks.checkpoints import Checkpoints
+from callbacks.loggers import MetricsCSV, WandbRun
+from callbacks.predictions import Predictions
+from callbacks.progress import Progress
+from callbacks.run_record import RunRecord, redact_command
+from config_files import UsageError, config_paths, parse_yaml, read_yaml
+from mistakes import edge_errors, explain
+
+RUN_FILES = ("config_as_given.yaml", "config.yaml", "run.json", "metrics.json", "metrics.md", "metrics.csv")
+RUN_FOLDERS = ("checkpoints", "pictures", "wandb", "test", "predictions")
+# A step is the clock: the loaders never end, so there are no epochs; and their samplers know the ranks.
+TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 10,
+}
+
+
+class SegmentationCLI(LightningCLI):
+    """Parses config files and overrides; builds DataModule, LightningModule and Trainer.
+
+    Args:
+        args: words of the command line without the program.
+        build: False only parses.
+    """
+
+    def __init__(self, args: list[str], build: bool = True):
+        self.build = build
+        self.args = args
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False},
+            args=args,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser) -> None:
+        """Add the run folder, wandb and the callbacks that every run has; each is a section of the YAML."""
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="run folder, default runs/<config name>"
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="go on from the last checkpoint of the folder"
+        )
+        parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+        modes = Literal["auto", "online", "offline", "disabled"]
+        parser.add_argument(
+            "--wandb.mode", type=modes, default="auto", help="auto: online with a key, else offline"
+        )
+        parser.add_argument("--wandb.project", type=str, default="latentseg")
+        parser.add_argument("--wandb.entity", type=str | None, default=None)
+        parser.add_argument(
+            "--wandb.name", type=str | None, default=None, help="default: name of the run folder"
+        )
+        parser.add_argument("--wandb.tags", type=list[str], default=[])
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Predictions, "predictions")
+        parser.add_lightning_class_args(Progress, "progress")
+
+    def parse_arguments(self, parser, args) -> None:
+        """Parse, with mistakes as UsageError."""
+        try:
+            self.config = parser.parse_args(args)
+        except (ArgumentError, OmegaConfBaseException) as error:
+            known = list(parser.get_defaults().keys())
+            raise UsageError(explain(str(error), known, args)) from None
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run folder, before any class is built."""
+        if not self.build:
+            return
+        trainer, paths = self.config.trainer, config_paths(self.args)
+        if trainer.max_steps < 1 and trainer.max_time is None and not trainer.fast_dev_run:
+            raise UsageError(
+                "trainer.max_steps is not set, so training would never end.\n"
+                "Set it, e.g. --trainer.max_steps 4000."
+            )
+        self.folder = Path(self.config.output or Path("runs") / (paths[0].stem if paths else "unnamed"))
+        self.checkpoint = open_run_folder(self.folder, self.config.resume, self.config.overwrite)
+        if trainer.val_check_interval is None and trainer.max_steps > 0:
+            trainer.val_check_interval = max(1, trainer.max_steps // 10) * trainer.accumulate_grad_batches
+        elif isinstance(trainer.val_check_interval, int) and trainer.max_steps > 0:
+            # A short trial of a long experiment still ends with a validation.
+            last = trainer.max_steps * trainer.accumulate_grad_batches
+            trainer.val_check_interval = min(trainer.val_check_interval, last)
+
+    def instantiate_classes(self) -> None:
+        """Build the objects, unless the run has reached its last step."""
+        self.finished_at = None
+        if not self.build:
+            return
+        if self.checkpoint:
+            step = load_checkpoint(self.checkpoint)["global_step"]
+            if 0 < self.config.trainer.max_steps <= step:
+                self.finished_at = step
+                return
+        with edge_errors():
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs):
+        """Build the Trainer with the loggers, the run record and the callbacks of the parser."""
+        config, command = self.resolved(), ["python", "train.py", *self.args]
+        given = "".join(f"# --- {path}\n{path.read_text('utf-8')}\n" for path in config_paths(self.args))
+        seed, wandb_id = self.config.seed_everything, self._wandb_id()
+        self.record = record = RunRecord(self.folder, given, config, command, seed, wandb_id)
+        # From this text test.py and predict.py build the model again.
+        self.config_init.checkpoints.config_text = record.config
+        loggers, extra = [], [record]
+        if self.config.trainer.logger is not False:
+            loggers = [MetricsCSV(self.folder), *self._wandb_runs(record)]
+            extra.append(LearningRateMonitor("step"))
+        if self.config.trainer.enable_progress_bar is False:
+            self.parser.callback_keys.remove("progress")
+        self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": extra}
+        return super().instantiate_trainer(logger=loggers, default_root_dir=str(self.folder), **kwargs)
+
+    def fit(self) -> None:
+        """Train; what data and weights complain about before the first step is shown without a traceback."""
+        check_classes(self.model, self.datamodule)
+        with edge_errors(over=lambda: self.record.begun):
+            self.trainer.fit(
+                self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True
+            )
+
+    def resolved(self) -> dict:
+        """Return the resolved config as plain data, without what only steers the start."""
+        text = self.parser.dump(self.config, skip_validation=True, skip_none=False, format="yaml")
+        return {k: v for k, v in yaml.safe_load(text).items() if k not in ("resume", "overwrite", "output")}
+
+    def _wandb_id(self) -> str:
+        try:
+            return json.loads((self.folder / "run.json").read_text("utf-8"))["wandb_id"]
+        except (OSError, ValueError, KeyError):
+            return secrets.token_hex(4)
+
+    def _wandb_runs(self, record: RunRecord) -> list[WandbRun]:
+        config = yaml.safe_load(record.config)  # redacted
+        options = config["wandb"]
+        if options["mode"] == "disabled":
+            return []
+        options["name"] = options["name"] or self.folder.name
+        hide_command = redact_command(sys.argv, record.secrets) != sys.argv
+        run_id = record.run["wandb_id"]
+        return [WandbRun(self.folder, **options, run_id=run_id, config=config, hide_command=hide_command)]
+
+
+def train(args: list[str]) -> None:
+    """Run one training from the words of a command line."""
+    command = SegmentationCLI(args)
+    if command.finished_at is not None:
+        print(
+            f"{command.folder} has already finished: step {command.finished_at} is its last. "
+            "Raise trainer.max_steps to go on."
+        )
+        return
+    command.fit()
+    print(f"The run is in {command.folder}: metrics.md, metrics.json, checkpoints, pictures.")
+
+
+# --- run folder and checkpoints
+
+
+def open_run_folder(folder: Path, resume: bool, overwrite: bool) -> Path | None:
+    """Make a folder ready for a run and return the checkpoint to go on from (None: a fresh start).
+
+    Raises:
+        UsageError: the folder holds a run and neither option is given, both are, or it cannot be written.
+    """
+    held = [name for name in (*RUN_FILES, *RUN_FOLDERS) if (folder / name).exists()]
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite deletes it: give one of the two.")
+    if rank_zero_only.rank == 0:  # the other ranks may come when the first has begun to write
+        if held and not (resume or overwrite):
+            raise UsageError(
+                f"the folder {folder} holds a run ({', '.join(held[:3])}).\n"
+                "Add --resume to go on with it, --overwrite to delete it, or --output DIR for another folder."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {folder} cannot be written: {error}.\nChoose another by --output DIR."
+            ) from None
+        for path in (folder / name for name in held if overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    saved = sorted((folder / "checkpoints").glob("*.ckpt"))
+    if not resume or not saved:
+        return None
+    return checkpoint_path(folder, "last")
+
+
+def checkpoint_path(run: Path, which: str | None) -> Path:
+    """Return a checkpoint of a run folder: "best", "last", a path, or None for the best, else the last.
+
+    Raises:
+        UsageError: there is no such file; names those that exist.
+    """
+    folder = run / "checkpoints"
+    if which is None:
+        which = "best" if (folder / "best.ckpt").is_file() else "last"
+    path = folder / f"{which}.ckpt" if which in ("best", "last") else Path(which)
+    if not path.is_file():
+        found = ", ".join(sorted(p.name for p in folder.glob("*.ckpt"))) or "none"
+        raise UsageError(f"there is no checkpoint {path}.\nThe run folder {run} holds: {found}.")
+    return path
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint without running code from it.
+
+    Raises:
+        UsageError: the file is damaged, or holds more than tensors and plain values, or no config.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint {path}.") from None
+    except Exception as error:  # zip, pickle and end-of-file errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"the checkpoint {path} cannot be read safely: {reason}.") from None
+    if not isinstance(checkpoint, dict) or not {"config", "classes", "state_dict"} <= checkpoint.keys():
+        raise UsageError(f"{path} is no checkpoint of this project: it lacks config, classes or state_dict.")
+    return checkpoint
+
+
+def build(config: dict) -> tuple[LightningModule | None, LightningDataModule | None]:
+    """Build what a resolved config has under model and data."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False, required=False)
+    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=False)
+    try:
+        parsed = parser.parse_object({key: config[key] for key in ("model", "data") if config.get(key)})
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), ["model", "data"], [], config)) from None
+    with edge_errors():
+        objects = parser.instantiate_classes(parsed)
+    return objects.get("model"), objects.get("data")
+
+
+def resolve(paths: list[Path]) -> dict:
+    """Return the resolved config of one or several files, as plain data."""
+    return SegmentationCLI(
+        [word for path in paths for word in ("--config", str(path))], build=False
+    ).resolved()
+
+
+def resolve_data(path: Path) -> dict:
+    """Return the section data of a file, with what it interpolates from the same file."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(read_yaml(path)), resolve=True)["data"]
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}.") from None
+
+
+def load_model(place: Path, which: str | None = None) -> tuple[LightningModule, dict, int, str]:
+    """Build the model of a checkpoint and load its weights.
+
+    Args:
+        place: a run folder or a checkpoint file.
+        which: for a folder "best", "last", a path, or None for the best there is.
+
+    Returns:
+        The model in eval mode, its resolved config, the step it was saved at, and the checkpoint's name.
+    """
+    if not place.exists():
+        raise UsageError(f"there is no run folder or checkpoint {place}.")
+    path = checkpoint_path(place, which) if place.is_dir() else place
+    checkpoint = load_checkpoint(path)
+    config = parse_yaml(checkpoint["config"], f"the config in {path}")
+    model, _ = build({"model": config["model"]})
+    restore(model, checkpoint)
+    return model.eval(), config, checkpoint["global_step"], path.stem
+
+
+def check_classes(model, datamodule) -> None:
+    """Refuse data labelled by another class table than the model's.
+
+    Raises:
+        UsageError: names both tables.
+    """
+    expected, found = model.classes.name, getattr(datamodule, "classes", model.classes.name)
+    if expected != found:
+        raise UsageError(
+            f"the model knows the class table {expected!r}, the data is labelled by {found!r}.\n"
+            "Set the same table for both."
+        )
+
+
+def restore(model: LightningModule, checkpoint: dict) -> None:
+    """Load the weights of a checkpoint; those it leaves out came with the model and are compared."""
+    with edge_errors():
+        model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UsageError(
+            f"the checkpoint does not fit its model: {' '.join(str(error).split())[:400]}"
+        ) from None

@@ -1,0 +1,38 @@
+import numpy as np
+import torch
+
+from callbacks.pictures import comparison, confusion_picture, legend, to_uint8
+
+NAMES, COLORS = ("road", "traffic sign"), ((10, 20, 30), (200, 100, 0))
+
+
+def has_color(picture, color) -> bool:
+    return bool((picture == np.array(color, np.uint8)).all(-1).any())
+
+
+def test_a_legend_shows_each_color_in_the_width_asked_for():
+    picture = legend(NAMES, COLORS, 300)
+    assert picture.shape[1] == 300 and has_color(picture, COLORS[0]) and has_color(picture, COLORS[1])
+    assert legend(NAMES, COLORS, 120).shape[0] > picture.shape[0]  # one below the other
+
+
+def test_a_comparison_shows_the_classes_that_occur_in_truth_or_prediction():
+    image = np.full((8, 8, 3), 90, np.uint8)
+    truth, prediction = np.zeros((8, 8), np.uint8), np.ones((8, 8), np.uint8)
+    truth[0, 0] = 255
+    picture = comparison(image, truth, prediction, NAMES, COLORS, width=64)
+    assert picture.shape[1] == 4 * 64 + 3 * 4
+    assert all(has_color(picture, color) for color in (*COLORS, (90, 90, 90)))
+    assert comparison(image, None, prediction, NAMES, COLORS, width=64).shape[1] == 3 * 64 + 2 * 4
+    assert not has_color(comparison(image, None, prediction, NAMES, COLORS, width=64), COLORS[0])
+
+
+def test_a_confusion_matrix_is_darkest_where_all_pixels_of_a_class_are():
+    picture = confusion_picture(np.array([[10, 0], [0, 0]]), NAMES)
+    assert has_color(picture, (8, 48, 107))  # all of road is road
+    assert has_color(picture, (200, 200, 200))  # there is no traffic sign
+    assert not has_color(confusion_picture(np.array([[5, 5], [5, 5]]), NAMES), (8, 48, 107))
+
+
+def test_an_image_tensor_becomes_bytes():
+    assert to_uint8(torch.tensor([0.0, 0.5, 2.0]).view(3, 1, 1)).tolist() == [[[0, 128, 255]]]

@@ -1,0 +1,67 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.reading import read_image
+
+RED_LEFT = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8).repeat(4, 0)  # [4, 2, 3]: red column, blue column
+
+
+def test_rgb_comes_back_as_it_was_written(tmp_path):
+    Image.fromarray(RED_LEFT).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), RED_LEFT)
+
+
+def test_a_rotation_in_exif_is_applied(tmp_path):
+    image = Image.fromarray(RED_LEFT)
+    exif = image.getexif()
+    exif[274] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), np.rot90(RED_LEFT, -1))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
+def test_other_modes_become_three_channels_of_eight_bits(tmp_path, mode):
+    Image.fromarray(RED_LEFT).convert(mode).save(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png")
+    assert found.shape == (4, 2, 3) and found.dtype == np.uint8
+    if mode in ("RGBA", "P"):
+        np.testing.assert_array_equal(found, RED_LEFT)
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "x.jpg")
+    assert (abs(read_image(tmp_path / "x.jpg").astype(int) - [255, 0, 0]) <= 3).all()
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+    Image.fromarray(np.array([[0, 257, 25700, 65535]], np.uint16)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png")[0, :, 0].tolist() == [0, 1, 100, 255]
+
+
+def test_floating_point_numbers_are_refused(tmp_path):
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif.*unknown range"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_truncated_file_is_an_error_that_names_it(tmp_path, suffix):
+    whole = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(whole, "jpeg" if suffix == "jpg" else "png")
+    (tmp_path / f"cut.{suffix}").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    with pytest.raises(ValueError, match=rf"cut\.{suffix} cannot be read"):
+        read_image(tmp_path / f"cut.{suffix}")
+
+
+def test_text_an_empty_file_and_a_missing_one_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("text", "empty"):
+        with pytest.raises(ValueError, match=rf"{name}\.png is not an image"):
+            read_image(tmp_path / f"{name}.png")
+    with pytest.raises(FileNotFoundError, match=r"no image .*missing"):
+        read_image(tmp_path / "missing.png")

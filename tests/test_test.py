@@ -1,0 +1,111 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny_run import tiny_config, write_config
+from train import main as train
+
+# The standard library has a package of this name, so the script is loaded by its path.
+SPEC = importlib.util.spec_from_file_location("test_script", Path(__file__).parent.parent / "test.py")
+script = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(script)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path / "c.yaml", tiny_config())
+    train(["--config", str(path), "--output", "run"])
+    return "run"
+
+
+def error_of(args, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def metrics(folder: str) -> dict:
+    return json.loads((Path(folder) / "metrics.json").read_text())["test"]
+
+
+def test_a_run_is_scored_on_its_own_test_sets_with_table_and_pictures(run, capsys):
+    script.main([run])
+    found = metrics("run/test/own-best")
+    assert set(found["sets"]) == {"day", "night"} and len(found["sets"]["day"]["IoU"]) == 11
+    assert found["mean"]["mIoU"] == pytest.approx(np.mean([s["mIoU"] for s in found["sets"].values()]))
+    table = Path("run/test/own-best/metrics.md").read_text()
+    assert "| traffic sign |" in table
+    assert "| traffic sign |" in capsys.readouterr().out
+    names = {path.name for path in Path("run/test/own-best/pictures").iterdir()}
+    assert {"confusion-day.png", "confusion-night.png", "day-random-200.png", "night-random-212.png"} <= names
+
+
+def test_the_number_of_pictures_is_an_option(run):
+    script.main([run, "--pictures", "1"])
+    names = {path.name for path in Path("run/test/own-best/pictures").iterdir()}
+    assert names == {"confusion-day.png", "confusion-night.png", "day-random-200.png", "night-random-210.png"}
+
+
+def test_other_data_is_scored_beside_the_runs_own(run, tmp_path):
+    data = {"data": {"class_path": "tests.tiny_run.TinyData", "init_args": {"size": 12}}}
+    first = write_config(tmp_path / "twelve.yaml", data)
+    data["data"]["init_args"]["size"] = 20
+    second = write_config(tmp_path / "twenty.yaml", data)
+    script.main([run, "--data", str(first), str(second), "--output", "scores"])
+    assert metrics("scores/twelve-best") != metrics("scores/twenty-best")
+    pictures = [Path(f"scores/{name}-best/pictures/day-random-200.png") for name in ("twelve", "twenty")]
+    assert Image.open(pictures[0]).size != Image.open(pictures[1]).size
+
+
+def test_the_checkpoint_is_an_option(run):
+    train(["--config", "c.yaml", "--output", "other", "--seed_everything", "5"])
+    script.main([run, "--checkpoint", "last"])
+    script.main([run, "--checkpoint", "other/checkpoints/last.ckpt", "--output", "x"])
+    assert metrics("run/test/own-last") != metrics("x/own-last")
+
+
+def test_scoring_twice_gives_the_same_numbers(run):
+    script.main([run])
+    first = metrics("run/test/own-best")
+    script.main([run])
+    assert metrics("run/test/own-best") == first
+
+
+def test_a_method_without_training_is_scored_from_its_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script.main(["--config", str(write_config(tmp_path / "free.yaml", tiny_config()))])
+    assert metrics("runs/free/test/own-config")["sets"].keys() == {"day", "night"}
+
+
+def test_the_checkpoints_weights_are_what_is_scored(run):
+    import torch
+
+    path = Path("run/checkpoints/last.ckpt")
+    checkpoint = torch.load(path)
+    checkpoint["state_dict"]["network.head.weight"].zero_()
+    checkpoint["state_dict"]["network.head.bias"].copy_(torch.eye(11)[5])
+    torch.save(checkpoint, path)
+    script.main([run, "--checkpoint", "last"])
+    scores = metrics("run/test/own-last")["sets"]["day"]["IoU"]
+    assert scores["road"] > 0 and sum(scores.values()) == scores["road"]
+
+
+def test_mistakes_are_named_in_short(run, capsys, tmp_path):
+    assert "no run folder or checkpoint nowhere" in error_of(["nowhere"], capsys)
+    assert "give the folder of a run" in error_of([], capsys)
+    assert "holds: best.ckpt, last.ckpt" in error_of([run, "--checkpoint", "third.ckpt"], capsys)
+    no_data = write_config(tmp_path / "c2.yaml", {"model": {}})
+    assert "has no section data" in error_of([run, "--data", str(no_data)], capsys)
+    data = {"data": {"class_path": "tests.tiny_run.TinyData", "init_args": {"classes": "mini_objects"}}}
+    path = write_config(tmp_path / "objects.yaml", data)
+    assert "'mini_objects'" in error_of([run, "--data", str(path)], capsys)
+    data["data"]["init_args"] = {"root": "/no/such/folder"}
+    assert "TinyData has no folder" in error_of([run, "--data", str(write_config(path, data))], capsys)
+    data["data"]["init_args"] = {"sise": 3}
+    assert "Did you mean data.size?" in error_of([run, "--data", str(write_config(path, data))], capsys)
