@@ -1,0 +1,91 @@
+"""Latents and token ids of the training scenes, computed once: the U-Net's training never sees a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from functional.fingerprint import weights_sha256
+from scripts.mini_diffusion.scenes import captioned_scenes
+
+
+@dataclass
+class Latents:
+    """Latents [N, 4, h, w] (fp16) and token ids [N, captions, tokens] of each kind of scene."""
+
+    latent: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    empty: Tensor  # the tokens of the empty caption
+
+    def batch(
+        self, generator: np.random.Generator, batch: int, device: str, whole_share: float = 0.25
+    ) -> dict:
+        """A batch of one resolution: whole street scenes (a quarter of the batch size), or objects and street crops.
+
+        One caption in ten is empty, which is what classifier-free guidance needs (arXiv 2207.12598, algorithm 1).
+        """
+        if generator.random() < whole_share:
+            parts = {"whole": max(batch // 4, 1)}
+        else:
+            objects = round(0.6 * batch)
+            parts = {"objects": objects, "crops": batch - objects}
+        latent, tokens = [], []
+        for kind, count in parts.items():
+            chosen = torch.from_numpy(generator.integers(len(self.latent[kind]), size=count))
+            caption = torch.from_numpy(generator.integers(self.tokens[kind].shape[1], size=count))
+            latent.append(self.latent[kind][chosen])
+            tokens.append(self.tokens[kind][chosen, caption])
+        latent, tokens = torch.cat(latent).float(), torch.cat(tokens).long()
+        tokens[torch.from_numpy(generator.random(len(tokens)) < 0.1)] = self.empty.long()
+        return {"latent": latent.to(device), "tokens": tokens.to(device)}
+
+
+def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
+    """Token ids [N, captions, tokens] as int16; a caption that does not fit is an error, not cut off."""
+    flat = [caption for several in captions for caption in several]
+    ids = tokenizer(flat, padding="max_length", max_length=tokenizer.model_max_length)["input_ids"]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) > tokenizer.model_max_length:
+        raise ValueError(
+            f"The caption {flat[longest]!r} has {len(ids[longest])} tokens, the tokenizer holds "
+            f"{tokenizer.model_max_length}. Shorten the captions or raise NUM_TOKENS."
+        )
+    return torch.tensor(ids, dtype=torch.int16).view(len(captions), -1, tokenizer.model_max_length)
+
+
+@torch.no_grad()
+def encode(vae, pictures: list[np.ndarray], device: str, batch: int = 64) -> Tensor:
+    """Posterior means [N, 4, h, w] in fp16."""
+    latents = []
+    for start in tqdm(range(0, len(pictures), batch), desc="latents", unit="batch"):
+        image = (
+            torch.from_numpy(np.stack(pictures[start : start + batch]))
+            .permute(0, 3, 1, 2)
+            .float()
+            .div(127.5)
+            .sub(1)
+        )
+        image = image.to(device).contiguous(memory_format=torch.channels_last)
+        latents.append(vae.encode(image).latent_dist.mean.half().cpu())
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+def cached_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> Latents:
+    """Encode the training scenes, or read them from `path` if they were made by the same autoencoder."""
+    key = f"{weights_sha256(vae)} {scenes} {len(tokenizer)}"
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        if stored.pop("key") == key:
+            return Latents(**stored)
+    latent, tokens = {}, {}
+    for kind, pairs in captioned_scenes(scenes).items():
+        latent[kind] = encode(vae, [picture for picture, _ in pairs], device)
+        tokens[kind] = tokenize(tokenizer, [captions for _, captions in pairs])
+    stored = {"latent": latent, "tokens": tokens, "empty": tokenize(tokenizer, [[""]])[0, 0]}
+    temporary = path.with_suffix(".tmp")
+    torch.save(stored | {"key": key}, temporary)
+    temporary.replace(path)
+    return Latents(**stored)

@@ -1,0 +1,366 @@
+"""Train the mini Stable Diffusion on the mini world, from nothing, within a time budget.
+
+    python scripts/train_mini_diffusion.py --minutes 90
+    python scripts/train_mini_diffusion.py --minutes 60 --stages unet --init-from assets/mini-diffusion
+
+Stages: `vae` (autoencoder on both kinds of scenes, the other sensors and label palettes), `unet` (U-Net and text
+encoder together on cached latents). State is saved every few minutes in --work; the same command goes on from it. The
+result is a folder in the layout of Stable Diffusion 1.x (diffusers), fp16 safetensors, EMA weights.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPTextModel
+
+from scripts.mini_diffusion.latents import cached_latents
+from scripts.mini_diffusion.layout import (
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    save_pipeline,
+)
+from scripts.mini_diffusion.scenes import vae_images
+
+SAVE_SECONDS = 180
+LOG_STEPS = 50
+PARTS = ("unet", "text", "ema_unet", "ema_text", "opt")
+
+
+@dataclass
+class Clock:
+    """Time left of one stage, over all of its runs; the learning rate follows it, so a slow machine anneals too."""
+
+    budget: float
+    spent: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+    @property
+    def share(self) -> float:
+        return min(self.seconds / self.budget, 1.0)
+
+
+def cosine_rate(base: float, step: int, share: float, warmup: int = 150, floor: float = 0.05) -> float:
+    """Linear warm-up over steps, then cosine from `base` to `floor` * base over the share of the budget that is spent."""
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+    return base * cosine * min(1.0, (step + 1) / warmup)
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * live, parameters only (these networks hold no running statistics)."""
+    torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy that takes no gradient: where the moving average lives."""
+    copy = (
+        type(module).from_config(module.config)
+        if hasattr(module, "from_config")
+        else type(module)(module.config)
+    )
+    copy.load_state_dict(module.state_dict())
+    return copy.requires_grad_(False).eval()
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write atomically: a kill in the middle leaves the previous state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+class Log:
+    """One JSON object a line, printed as well."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def __call__(self, **values) -> None:
+        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
+        tqdm.write(line)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- autoencoder
+
+
+def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
+    """L1 and L2 weighted by saturation, chroma L1 and gradient L1; images [B, 3, H, W] in [-1, 1].
+
+    Saturated pixels are few, and a plain L1 gives their colour up: yellow signs turn orange, green cars teal.
+    """
+    saturation = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
+    weight = 1 + saturation
+    difference = output - image
+    chroma = (difference - difference.mean(1, keepdim=True)).abs()
+    gradient = torch.diff(difference, dim=-1).abs().mean() + torch.diff(difference, dim=-2).abs().mean()
+    return (weight * (difference.abs() + 5 * difference.square())).mean() + 2 * chroma.mean() + 0.25 * gradient
+
+
+def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
+    """Train the x4 autoencoder on 64-px crops; returns the EMA weights with unit-variance latents."""
+    torch.manual_seed(args.seed)
+    vae = (
+        build_vae()
+        if args.init_from is None
+        else AutoencoderKL.from_pretrained(args.init_from, subfolder="vae")
+    )
+    vae = vae.to(args.device, memory_format=torch.channels_last).train()
+    average = frozen_copy(vae).to(args.device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    clock, step, state_path = Clock(args.minutes * 60 * args.vae_share), 0, work / "vae.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=args.device, weights_only=True)
+        (
+            vae.load_state_dict(state["vae"]),
+            average.load_state_dict(state["ema"]),
+            optimizer.load_state_dict(state["opt"]),
+        )
+        clock.spent, step = state["seconds"], state["step"]
+
+    def save():
+        save_state(state_path, {"vae": vae.state_dict(), "ema": average.state_dict(), "opt": optimizer.state_dict(),
+                                "seconds": clock.seconds, "step": step})  # fmt: skip
+
+    if clock.share < 1:
+        images = vae_images(work / "vae_images.npz", args.seed)
+        clock.started = time.monotonic()
+    saved, progress = time.monotonic(), tqdm(initial=step, desc="vae", unit="step", disable=None)
+    while clock.share < 1:
+        generator = np.random.default_rng((args.seed, step))
+        image = images.crops(generator, batch=args.vae_batch, size=64).to(args.device).mul(2).sub(1)
+        image = image.contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(image).latent_dist
+        output = vae.decode(posterior.sample()).sample
+        loss = reconstruction_loss(output, image) + 1e-6 * posterior.kl().mean()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_rate(2e-3, step, clock.share, warmup=100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        update_ema(average, vae, min(0.995, 1 - 1 / (step + 2)))
+        step += 1
+        progress.update()
+        if step % LOG_STEPS == 0:
+            psnr = -10 * math.log10((output - image).detach().div(2).square().mean().item())
+            log(stage="vae", step=step, seconds=clock.seconds, loss=loss.item(), psnr=psnr)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
+    return average
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Fold the per-channel mean and deviation of the latents of `images` [N, 3, H, W] in [0, 1] into the two 1x1 convs.
+
+    The decoded images stay the same; the latents get zero mean and unit variance in each channel, which one scalar
+    scaling factor cannot do. Training never calls this twice on the same weights (the second call is an identity).
+    """
+    latent = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(64)])
+    mean, std = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
+    channels = len(mean)
+    encode, decode = vae.quant_conv, vae.post_quant_conv
+    encode.weight[:channels] /= std[:, None, None, None]
+    encode.bias[:channels] = (encode.bias[:channels] - mean) / std
+    encode.bias[channels:] -= 2 * std.log()  # log-variance
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std[None, :, None, None]
+
+
+# ------------------------------------------------------------------------------------------------------ U-Net and text
+
+
+def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """Stratified timesteps [B]: half of the batch over 0..999, half over 200..899, where the layout is decided."""
+    half = batch // 2
+    whole = (
+        (torch.arange(batch - half) + torch.rand(batch - half, generator=generator)) / (batch - half) * 1000
+    )
+    middle = (torch.arange(half) + torch.rand(half, generator=generator)) / half * 700 + 200
+    return torch.cat([whole, middle]).long()
+
+
+def denoising_loss(unet, text_encoder, batch: dict, alpha_bars: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted noise (DDPM, arXiv 2006.11239, eq. 14)."""
+    latent, tokens = batch["latent"], batch["tokens"]
+    timestep = draw_timesteps(len(latent), generator).to(latent.device)
+    noise = torch.randn(latent.shape, generator=generator).to(latent.device)
+    alpha_bar = alpha_bars[timestep].view(-1, 1, 1, 1)
+    noised = alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
+    context = text_encoder(tokens).last_hidden_state
+    return F.mse_loss(
+        unet(noised.contiguous(memory_format=torch.channels_last), timestep, context).sample, noise
+    )
+
+
+def load_or_build(args, tokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    torch.manual_seed(args.seed)
+    if args.init_from is None:
+        return build_unet(), build_text_encoder(tokenizer)
+    unet = UNet2DConditionModel.from_pretrained(args.init_from, subfolder="unet")
+    return unet, CLIPTextModel.from_pretrained(args.init_from, subfolder="text_encoder")
+
+
+def train_unet(
+    args, vae: AutoencoderKL, tokenizer, work: Path, log: Log
+) -> tuple[nn.Module, nn.Module, dict]:
+    """Train U-Net and text encoder on cached latents; returns the EMA weights and what was done."""
+    unet, text = load_or_build(args, tokenizer)
+    unet = unet.to(args.device, memory_format=torch.channels_last).train()
+    text = text.to(args.device).train()
+    averages = frozen_copy(unet).to(args.device), frozen_copy(text).to(args.device)
+    parameters = [*unet.parameters(), *text.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    clock = Clock(args.minutes * 60 * (1 - args.vae_share if "vae" in args.stages else 1))
+    step, samples, state_path = 0, 0, work / "unet.pt"
+    if state_path.exists():
+        state = torch.load(state_path, map_location=args.device, weights_only=True)
+        for module, name in zip((unet, text, *averages, optimizer), PARTS, strict=True):
+            module.load_state_dict(state[name])
+        clock.spent, step, samples = state["seconds"], state["step"], state["samples"]
+
+    def save():
+        parts = zip(PARTS, (unet, text, *averages, optimizer), strict=True)
+        state = {name: part.state_dict() for name, part in parts}
+        save_state(state_path, state | {"seconds": clock.seconds, "step": step, "samples": samples})
+
+    latents = cached_latents(vae, tokenizer, work / "latents.pt", args.scenes, args.device)
+    alpha_bars = DDIMScheduler.from_config(scheduler_config()).alphas_cumprod.to(args.device)
+    clock.started = saved = time.monotonic()
+    progress, running = tqdm(initial=step, desc="unet", unit="step", disable=None), []
+    while clock.share < 1:
+        batch = latents.batch(np.random.default_rng((args.seed, step)), args.batch, args.device)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        loss = denoising_loss(unet, text, batch, alpha_bars, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_rate(args.lr, step, clock.share)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        for average, live in zip(averages, (unet, text), strict=True):
+            update_ema(average, live, min(0.998, 1 - 1 / (step + 2)))
+        step, samples = step + 1, samples + len(batch["latent"])
+        running.append(loss.detach())
+        progress.update()
+        if step % LOG_STEPS == 0:
+            log(
+                stage="unet",
+                step=step,
+                seconds=clock.seconds,
+                samples=samples,
+                loss=torch.stack(running).mean().item(),
+            )
+            running.clear()
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
+    return *averages, {"steps": step, "samples": samples, "seconds": round(clock.seconds)}
+
+
+def scheduler_config() -> dict:
+    """The noise schedule of Stable Diffusion 1.x."""
+    return {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("work/mini-diffusion/model"), help="folder of the result"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("work/mini-diffusion"), help="folder of state and caches"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=90, help="time for all stages, rendering not counted"
+    )
+    parser.add_argument("--stages", nargs="+", choices=("vae", "unet"), default=["vae", "unet"])
+    parser.add_argument("--vae-share", type=float, default=0.2, help="share of the time for the autoencoder")
+    parser.add_argument("--init-from", type=Path, help="a folder this script wrote: start from its weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of U-Net and text encoder")
+    parser.add_argument(
+        "--scenes", type=int, default=12000, help="scenes of each kind whose latents are cached"
+    )
+    parser.add_argument("--vae-batch", type=int, default=8)
+    parser.add_argument(
+        "--batch", type=int, default=32, help="batch at 16x16 latents; a quarter of it at 32x32"
+    )
+    args = parser.parse_args(argv)
+    if args.init_from is None and "vae" not in args.stages and not (args.work / "vae.pt").exists():
+        parser.error("--stages unet needs an autoencoder: give --init-from FOLDER, or add the stage vae.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    log = Log(args.work / "log.jsonl")
+    tokenizer = build_tokenizer(args.work / "tokenizer")
+    if "vae" in args.stages or args.init_from is None:
+        vae = train_vae(args, args.work, log)
+        images = vae_images(args.work / "vae_images.npz", args.seed)
+        normalise_latents(
+            vae, images.crops(np.random.default_rng(args.seed), batch=512, size=64).to(args.device)
+        )
+    else:
+        vae = AutoencoderKL.from_pretrained(args.init_from, subfolder="vae").to(args.device)
+    vae = vae.requires_grad_(False).eval()
+    if "unet" in args.stages:
+        unet, text, record = train_unet(args, vae, tokenizer, args.work, log)
+    else:
+        unet, text = load_or_build(args, tokenizer)
+        record = {"steps": 0, "samples": 0, "seconds": 0}
+    record |= {
+        "seed": args.seed,
+        "lr": args.lr,
+        "batch": args.batch,
+        "device": args.device,
+        "torch": torch.__version__,
+    }
+    save_pipeline(
+        args.output, vae, unet, text, args.work / "tokenizer", DDIMScheduler.from_config(scheduler_config())
+    )
+    (args.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    log(stage="saved", **record)
+
+
+if __name__ == "__main__":
+    main()
