@@ -1,7 +1,9 @@
 """Configuration files and mistakes in them, dealt with before anything heavy (torch) is imported."""
 
+import logging
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +31,11 @@ def set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive forked data workers
     os.environ.setdefault("WANDB_SILENT", "true")
+    # What Lightning says to every user of a frozen network, of torch 2.13, and of no other logger.
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 def nearest(name: str, valid) -> str | None:

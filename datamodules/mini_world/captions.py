@@ -1,7 +1,7 @@
 """What the scenes of the mini world say about themselves: one English sentence, drawn from a scene's facts.
 
-Every word of every caption is in VOCABULARY, so that a tokenizer can give each a token of its own. Empty captions
-(for guidance) are the business of the training that wants them.
+Every word of every caption is in VOCABULARY, so that a tokenizer can give each a token of its own. Empty
+captions (for guidance) are the business of the training that wants them.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,14 @@ CONDITION_PHRASES = {
     "rain": "in rain",
     "snow": "in snow",
 }
-_FILLER = "a an photo of street with and in on tall short round triangular square".split()
+_FILLER = ("a", "an", "photo", "of", "street", "with", "and", "in", "on")
+_POLES_AND_SIGNS = ("tall", "short", "round", "triangular", "square")
 
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         {
             *_FILLER,
+            *_POLES_AND_SIGNS,
             *(word for phrase in CONDITION_PHRASES.values() for word in phrase.split()),
             *(word for name in DELIVER11.names for word in name.split()),
             *(word for words in (PAINTS, CLOTHES, FACADES, WALLS, FENCES) for word in words),
@@ -39,8 +41,8 @@ VOCABULARY: tuple[str, ...] = tuple(
 def street_caption(facts: dict, rng: np.random.Generator, present: Sequence[str]) -> str:
     """Describe a street scene or a crop of it.
 
-    Of all captions 22 % name one class ("a photo of a red car at night"), 17 % two to four, the others all that are
-    present, in random order; the condition is said in 40 % of the first kind and 80 % of the last.
+    22 % of the captions name one class ("a photo of a red car at night"), 17 % two to four, the others all
+    that are present, in random order; the condition is said in 40 % of the first kind and 80 % of the last.
 
     Args:
         facts: "caption_facts" of render_street.
@@ -67,7 +69,7 @@ def street_caption(facts: dict, rng: np.random.Generator, present: Sequence[str]
 def object_caption(facts: dict, rng: np.random.Generator) -> str:
     """Describe an object scene: "a photo of a red mug and a fish on grass".
 
-    Each colour is named with probability .6 and the background with .7; of several objects only one is named in 15 %.
+    Each colour is named with probability .6 and the background with .7; in 15 % only one object is named.
 
     Args:
         facts: "caption_facts" of render_objects.

@@ -1,6 +1,6 @@
-"""Object scenes of the mini world: one to three coloured objects on a textured ground, with exact label and names.
+"""Object scenes of the mini world: one to three coloured objects on a textured ground, with exact label.
 
-Everything is a pure function of (split, index, options): the geometry is drawn in units of the side, so a scene is
+Everything is a pure function of (split, index, options). The geometry is in units of the side, so a scene is
 the same at every size.
 """
 
@@ -16,7 +16,7 @@ from datamodules.mini_world.shapes import SHAPES
 
 CATEGORIES: tuple[str, ...] = tuple(SHAPES)
 
-# Four folds of five for few-shot work; what is in none of them is the reserve that no fold trains or tests on.
+# Four folds of five for few-shot work; no fold trains or tests on the reserve.
 FOLDS: tuple[tuple[str, ...], ...] = (
     ("car", "tree", "star", "bottle", "bird"),
     ("house", "fish", "key", "cross", "lamp"),
@@ -37,8 +37,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (34, 34, 38),
 }
 
-# Dark and light end (and what lies between) of the colour ramp of each ground, and the object colour that would
-# vanish in it and is therefore not drawn on it.
+# Dark end, middle and light end of the colour ramp of each ground.
 _RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "grass": ((36, 84, 28), (70, 138, 48), (118, 178, 74)),
     "sand": ((186, 156, 102), (222, 194, 140), (240, 220, 176)),
@@ -47,6 +46,7 @@ _RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "brick": ((118, 48, 38), (176, 86, 66), (206, 192, 178)),
     "wood": ((86, 54, 30), (142, 96, 54), (184, 136, 86)),
 }
+# The object colour that could not be told from the ground and is therefore not drawn on it.
 _VANISHING = {
     "grass": "green",
     "sand": "yellow",
@@ -79,8 +79,8 @@ def render_objects(
         count: number of objects, 1..3; None draws it (45 %, 45 %, 10 %).
 
     Returns:
-        rgb uint8 [S, S, 3]; label uint8 [S, S], 0 background and 1 + CATEGORIES.index(name); objects, a list of
-        (category, color), largest first; caption_facts {"objects": the same list, "background": name}.
+        rgb uint8 [S, S, 3]; label uint8 [S, S], 0 background and 1 + CATEGORIES.index(name); objects, a list
+        of (category, color), largest first; caption_facts {"objects": the same list, "background": name}.
 
     Raises:
         ValueError: unknown split or category, negative index, or a size or count out of range.
@@ -117,13 +117,13 @@ def render_objects(
 def _check(split: str, index: int, size: int, categories: Sequence[str], count: int | None) -> None:
     if split not in SPLITS or index < 0 or not 64 <= size <= 512 or count not in (None, 1, 2, 3):
         raise ValueError(
-            f"No object scene with split {split!r}, index {index}, size {size} and count {count}: choose a split of "
-            f"{', '.join(SPLITS)}, an index of 0 or more, a size of 64..512 and a count of 1..3 or None."
+            f"No object scene with split {split!r}, index {index}, size {size} and count {count}: choose a "
+            f"split of {', '.join(SPLITS)}, an index >= 0, a size of 64..512 and a count of 1..3 or None."
         )
     unknown = [name for name in categories if name not in SHAPES]
     if isinstance(categories, str) or unknown or not categories:
         raise ValueError(
-            f"Unknown object categories {categories!r}: give a list with names out of {', '.join(CATEGORIES)}."
+            f"Unknown object categories {categories!r}: give a list of names out of {', '.join(CATEGORIES)}."
         )
 
 
@@ -152,7 +152,7 @@ def _pose(rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.nda
 
 @lru_cache(maxsize=1)
 def _outlines() -> dict[str, tuple[np.ndarray, list[list[int]]]]:
-    """Per category: all its points [N, 2] in one array, and the number of points of each contour of each part."""
+    """Per category: all its points [N, 2], and how many of them each contour of each part has."""
     return {
         name: (
             np.concatenate([contour for _, contours in parts for contour in contours]),
@@ -167,7 +167,7 @@ def _draw_parts(objects, poses, side: int) -> tuple[np.ndarray, np.ndarray]:
     canvas, owner = np.zeros((side, side), np.uint8), [0]
     for (name, _), pose in zip(objects, poses, strict=True):
         points, parts = _outlines()[name]
-        # OpenCV takes fixed-point coordinates with 4 fractional bits; a pixel's centre is at its integer position.
+        # OpenCV takes fixed-point coordinates with 4 fractional bits; a pixel's centre is a whole number.
         fixed = np.rint(((points @ pose[:, :2].T + pose[:, 2]) * side - 0.5) * 16).astype(np.int32)
         at = 0
         for lengths in parts:
@@ -183,7 +183,7 @@ def _draw_parts(objects, poses, side: int) -> tuple[np.ndarray, np.ndarray]:
 def _part_colors(name: str, color: tuple[int, int, int]) -> np.ndarray:
     base = np.array(color, float)
     tones = np.array([tone for tone, _ in SHAPES[name]])[:, None]
-    # Black cannot get darker and white not lighter: such parts are drawn as grey, or eyes and spots would be lost.
+    # Black cannot get darker and white not lighter: such parts become grey, or eyes and spots would be lost.
     dark = base * tones if max(color) > 60 else base + 110 * (1 - tones)
     light = base + (255 - base) * (tones - 1) * 0.85 if min(color) < 200 else base * (1.2 - 0.2 * tones)
     return np.where(tones <= 1, dark, light)
@@ -277,7 +277,7 @@ def _brick(rng, side):
 
 
 def _wood(rng, side):
-    x, y = _axes(side)
+    _, y = _axes(side)
     planks = int(rng.integers(3, 6))
     v = y * planks + rng.random(dtype=np.float32)
     plank = np.floor(v)

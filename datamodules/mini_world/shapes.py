@@ -1,8 +1,8 @@
-"""The silhouettes of the object scenes: each category is a list of parts, far part first, drawn one over the other.
+"""The silhouettes of the object scenes: each category is a list of parts, drawn one over the other in order.
 
-A part is (tone, contours). Contours are [N, 2] arrays in the object's own frame, x to the right and y down, within
-about [-1, 1]; two contours in one part leave a hole. A tone below 1 darkens the object's colour and one above 1
-lightens it, so that a category never decides a colour.
+A part is (tone, contours). Contours are [N, 2] arrays in the object's own frame, x to the right and y down,
+in about [-1, 1]; two contours in one part leave a hole. A tone below 1 darkens the object's colour and one
+above 1 lightens it, so that a category never decides a colour.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ def _ellipse(x: float, y: float, rx: float, ry: float | None = None, turn: float
 
 
 def _arc(x, y, rx, ry, start, stop, turn=0.0) -> np.ndarray:
-    """Points of an elliptic arc, closed by its chord; angles in radians, clockwise from +x as y points down."""
+    """Points of an elliptic arc, closed by its chord; angles in radians from +x to +y, which points down."""
     angle = np.linspace(start, stop, 28)
     points = np.stack([rx * np.cos(angle), ry * np.sin(angle)], 1)
     cos, sin = np.cos(turn), np.sin(turn)
@@ -67,7 +67,7 @@ def _moon() -> list[Part]:
     centre = tip[0] + np.sqrt(radius**2 - tip[1] ** 2)
     angle = np.arctan2(tip[1], tip[0] - centre)
     inner = _arc(centre, 0, radius, radius, 2 * np.pi - angle, angle)
-    crescent = np.concatenate([outer, inner]) + (0.25, 0)
+    crescent = np.concatenate([outer, inner]) + np.array([0.25, 0])
     return [
         _part(1.0, crescent),
         _part(0.75, _ellipse(-0.5, 0.3, 0.13)),

@@ -1,0 +1,52 @@
+"""Scenes that one core draws in a second, as wall-clock and CPU time.
+
+python -m benchmarks.mini_world --output benchmarks/results/mini_world.json
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from datamodules.mini_world.objects import render_objects
+from datamodules.mini_world.street import MODALITIES, render_street
+
+
+def rate(draw, count: int, first: int) -> dict[str, float]:
+    """Scenes a second by the clock, and by the CPU time of this process (what a contended machine leaves out)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for index in range(first, first + count):
+        draw(index)
+    return {
+        "wall_per_s": round(count / (time.perf_counter() - wall), 1),
+        "cpu_per_s": round(count / (time.process_time() - cpu), 1),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=400, help="scenes of each kind")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    args = parser.parse_args(argv)
+    cv2.setNumThreads(0)
+    kinds = {
+        "street, RGB + label, 128 px": lambda index: render_street("train", index),
+        "street, all sensors, 128 px": lambda index: render_street("train", index, sensors=MODALITIES),
+        "objects, 64 px": lambda index: render_objects("train", index),
+    }
+    result = {"numpy": np.__version__, "opencv": cv2.__version__, "machine": platform.machine(), "scenes": args.count}
+    for name, draw in kinds.items():
+        rate(draw, 20, first=0)  # fills the noise bank
+        result[name] = rate(draw, args.count, first=1000)
+    text = json.dumps(result, indent=2) + "\n"
+    if args.output:
+        args.output.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

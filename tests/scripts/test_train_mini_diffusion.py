@@ -1,0 +1,140 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from datamodules.mini_world.captions import VOCABULARY
+from scripts.mini_diffusion.latents import Latents, encode, tokenize
+from scripts.mini_diffusion.layout import build_text_encoder, build_tokenizer, build_unet, build_vae, save_pipeline
+from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_picture
+from scripts.train_mini_diffusion import (
+    Clock,
+    cosine_rate,
+    draw_timesteps,
+    main,
+    normalise_latents,
+    reconstruction_loss,
+    scheduler_config,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_each_word_of_the_mini_world_is_one_token(tokenizer):
+    for word in VOCABULARY:
+        assert len(tokenizer(word)["input_ids"]) == 3, word  # begin, word, end
+
+
+def test_captions_of_many_scenes_fit_the_tokenizer(tokenizer):
+    captions = [captioned_object(i, 2)[1] for i in range(40)] + [captioned_street(i, 2)["captions"] for i in range(40)]
+    assert tokenize(tokenizer, captions).shape == (80, 2, tokenizer.model_max_length)
+
+
+def test_a_caption_that_is_too_long_is_an_error_and_not_cut(tokenizer):
+    with pytest.raises(ValueError, match="tokens"):
+        tokenize(tokenizer, [["red " * 60]])
+
+
+def test_street_crops_are_described_by_what_they_show():
+    scene = captioned_street(3, 4)
+    assert scene["image"].shape == (128, 128, 3) and len(scene["crops"]) == 2
+    assert all(crop.shape == (64, 64, 3) and len(captions) == 4 for crop, captions in scene["crops"])
+
+
+def test_the_autoencoder_sees_each_sensor_and_the_palette():
+    pictures = [sensor_picture(i) for i in range(4)]
+    assert all(picture.shape == (128, 128, 3) and picture.dtype == np.uint8 for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == 4
+
+
+@torch.no_grad()
+def test_normalised_latents_have_unit_variance_and_decode_to_the_same_images():
+    torch.manual_seed(0)
+    vae, images = build_vae().eval(), torch.rand(16, 3, 64, 64)
+    before = vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample
+    normalise_latents(vae, images)
+    posterior = vae.encode(images * 2 - 1).latent_dist
+    torch.testing.assert_close(vae.decode(posterior.mean).sample, before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(posterior.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.mean.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_a_colour_error_on_a_saturated_pixel_costs_more_than_on_a_grey_one():
+    grey, red = torch.zeros(1, 3, 4, 4), torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert reconstruction_loss(red * 0.9, red) > reconstruction_loss(grey + (red * 0.9 - red), grey)
+
+
+def make_latents(tokens=6):
+    latent = {"objects": torch.ones(5, 4, 8, 8), "crops": torch.full((5, 4, 8, 8), 2.0), "whole": torch.zeros(3, 4, 16, 16)}
+    ids = {kind: torch.ones(len(value), 2, tokens, dtype=torch.int16) for kind, value in latent.items()}
+    return Latents({k: v.half() for k, v in latent.items()}, ids, torch.zeros(tokens, dtype=torch.int16))
+
+
+def test_a_batch_holds_one_resolution_and_some_empty_captions():
+    latents, shapes, empty, count = make_latents(), set(), 0, 0
+    for step in range(200):
+        batch = latents.batch(np.random.default_rng(step), 8, "cpu")
+        shapes.add(tuple(batch["latent"].shape))
+        empty += (batch["tokens"] == 0).all(1).sum().item()
+        count += len(batch["tokens"])
+    assert shapes == {(8, 4, 8, 8), (2, 4, 16, 16)}
+    assert 0.05 < empty / count < 0.15
+
+
+def test_timesteps_cover_the_range_and_favour_the_middle():
+    timesteps = torch.cat([draw_timesteps(32, torch.Generator().manual_seed(i)) for i in range(50)])
+    assert timesteps.min() >= 0 and timesteps.max() <= 999
+    assert ((timesteps >= 200) & (timesteps < 900)).float().mean() > 0.8
+
+
+def test_the_learning_rate_warms_up_and_falls_with_the_time_spent():
+    assert cosine_rate(1.0, 0, 0.0) < cosine_rate(1.0, 149, 0.0) == pytest.approx(1.0)
+    assert cosine_rate(1.0, 1000, 1.0) == pytest.approx(0.05)
+    assert Clock(budget=10, spent=20).share == 1
+
+
+def test_diffusers_loads_the_saved_folder_and_draws(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    build_tokenizer(tmp_path / "tokenizer")
+    scheduler = DDIMScheduler.from_config(scheduler_config())
+    save_pipeline(tmp_path / "model", build_vae(), build_unet(), build_text_encoder(tokenizer), tmp_path / "tokenizer", scheduler)
+    assert sum(p.stat().st_size for p in (tmp_path / "model").rglob("*.safetensors")) < 20e6
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a photo of a red car", height=64, width=64, num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+
+
+def test_the_unet_stage_alone_needs_an_autoencoder(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--stages", "unet", "--work", str(tmp_path)])
+    assert "--init-from" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_short_training_is_saved_resumed_and_continued_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.mini_diffusion.scenes.STREET_SCENES", 4)
+    monkeypatch.setattr("scripts.mini_diffusion.scenes.SENSOR_SCENES", 4)
+    monkeypatch.setattr("scripts.mini_diffusion.scenes.OBJECT_SCENES", 4)
+    common = ["--scenes", "8", "--batch", "4", "--vae-batch", "2", "--work", str(tmp_path / "work")]
+    model = tmp_path / "model"
+    main([*common, "--minutes", "0.1", "--output", str(model)])
+    first = json.loads((model / "training.json").read_text())
+    assert first["steps"] > 0
+    main([*common, "--minutes", "0.2", "--output", str(model)])
+    assert json.loads((model / "training.json").read_text())["steps"] > first["steps"]
+    other = ["--work", str(tmp_path / "other"), "--stages", "unet", "--init-from", str(model), "--scenes", "8"]
+    main([*other, "--batch", "4", "--minutes", "0.05", "--output", str(tmp_path / "next")])
+    assert (tmp_path / "next" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_latents_are_normalised_means_in_half_precision():
+    torch.manual_seed(0)
+    pictures = [np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8)]
+    latent = encode(build_vae().eval(), pictures, "cpu")
+    assert latent.shape == (2, 4, 16, 16) and latent.dtype == torch.float16
