@@ -21,8 +21,9 @@ demo: $(STAMP)
 	$(BIN)/python test.py $(DEMO)
 	$(BIN)/python -m scripts.demo_images --output $(DEMO)/images
 	$(BIN)/python predict.py $(DEMO) --input $(DEMO)/images --output $(DEMO)/predictions
-	@echo "Table:    $(DEMO)/test/metrics.md"
-	@echo "Pictures: $(DEMO)/test/pictures  $(DEMO)/pictures  $(DEMO)/predictions"
+	@echo && cat $(DEMO)/test/own-best/metrics.md
+	@echo && echo "Pictures:"
+	@ls -d $(DEMO)/test/own-best/pictures/*.png $(DEMO)/predictions/*.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not cuda"

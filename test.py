@@ -27,6 +27,11 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         raise UsageError("give the folder of a run, or --config FILE for a method without training.")
     if found.config and found.checkpoint:
         raise UsageError("--checkpoint belongs to a run folder: --config builds an untrained model.")
+    stems = [path.stem for path in found.data]
+    if doubled := {stem for stem in stems if stems.count(stem) > 1}:
+        raise UsageError(
+            f"--data names several files {min(doubled)}: their results would overwrite each other."
+        )
     for path in [*(found.config or []), *found.data]:
         section = read_yaml(path)
         if path in found.data and "data" not in section:

@@ -17,7 +17,11 @@ from datamodules.mini_world.street import MODALITIES, render_street
 
 
 def rate(draw, count: int, first: int) -> dict[str, float]:
-    """Scenes a second by the clock, and by the CPU time of this process (what a contended machine leaves out)."""
+    """Scenes a second by the clock, and by the CPU time of this process (which contention does not change).
+
+    Args:
+        draw: called with the indices first, ..., first + count - 1.
+    """
     wall, cpu = time.perf_counter(), time.process_time()
     for index in range(first, first + count):
         draw(index)
@@ -28,22 +32,32 @@ def rate(draw, count: int, first: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=400, help="scenes of each kind")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     args = parser.parse_args(argv)
+    if args.count < 1:
+        parser.error(f"--count {args.count} measures nothing: give at least 1.")
     cv2.setNumThreads(0)
     kinds = {
         "street, RGB + label, 128 px": lambda index: render_street("train", index),
         "street, all sensors, 128 px": lambda index: render_street("train", index, sensors=MODALITIES),
         "objects, 64 px": lambda index: render_objects("train", index),
     }
-    result = {"numpy": np.__version__, "opencv": cv2.__version__, "machine": platform.machine(), "scenes": args.count}
+    result = {
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "machine": platform.machine(),
+        "scenes": args.count,
+    }
     for name, draw in kinds.items():
         rate(draw, 20, first=0)  # fills the noise bank
         result[name] = rate(draw, args.count, first=1000)
     text = json.dumps(result, indent=2) + "\n"
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text)
     print(text)
 

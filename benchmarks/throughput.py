@@ -1,10 +1,10 @@
-"""What our training loop costs: waiting for data, and Lightning with our callbacks against a bare PyTorch loop.
+"""What the training loop costs: waiting for data, and Lightning with callbacks against a bare PyTorch loop.
 
     python -m benchmarks.throughput --pairs 200 --output benchmarks/results/throughput_cpu.json
 
-Both loops train a copy of the same model on the same data with one loader worker each. Their steps take turns in one
-process, so that a machine whose speed drifts slows both: quoted are medians over pairs of neighbouring steps. On a
-CUDA device the U-Net's forward is also timed with both attention back ends.
+Both loops train a copy of the same model on the same data with one loader worker each. Their steps take
+turns in one process, so that a machine whose speed drifts slows both: quoted are medians over pairs of
+neighbouring steps. On a CUDA device the U-Net's forward is also timed with both attention back ends.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from models.diffusion.stable_diffusion import StableDiffusion
 
 
 class BareLoop:
-    """The same step without Lightning: loader, loss, backward, AdamW, schedule."""
+    """The same step without Lightning: loader, loss, backward, AdamW (one rate for all), schedule."""
 
     def __init__(self, model, datamodule: SegmentationDataModule, max_steps: int):
         self.model = model.train()
@@ -39,6 +39,7 @@ class BareLoop:
         model.log = lambda *args, **kwargs: None  # nothing listens
 
     def step(self) -> None:
+        """Draw the next batch and update the weights by it."""
         batch = next(self.batches)
         batch = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         loss = self.model.training_step(batch, 0)
@@ -49,6 +50,7 @@ class BareLoop:
 
 
 def now() -> float:
+    """Seconds of a clock that is read when the device has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -57,17 +59,21 @@ def now() -> float:
 class Interleave(Callback):
     """After each step of the Trainer runs one of the bare loop, and times both.
 
-    The Trainer's time runs from the end of a bare step to the end of the Trainer's next batch, so all of its work between
-    two batches (fetching, hooks, callbacks, logging) counts.
+    The Trainer's time runs from the end of a bare step to the end of the Trainer's next batch, so all of its
+    work between two batches (fetching, hooks, callbacks, logging) counts. The first batch is not timed.
+
+    Attributes:
+        ours, plain: seconds of each pair's step of the Trainer and of the bare loop.
+        waits: the part of `ours` before the batch is there.
     """
 
-    def __init__(self, bare: BareLoop, warmup: int, pairs: int):
-        self.bare, self.warmup = bare, warmup
+    def __init__(self, bare: BareLoop, pairs: int):
+        self.bare = bare
         self.ours: list[float] = []
         self.plain: list[float] = []
         self.waits: list[float] = []
         self.resumed: float | None = None
-        self.progress = tqdm(total=warmup + pairs, unit="pair")
+        self.progress = tqdm(total=pairs, unit="pair")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
         if self.resumed is not None:
@@ -81,7 +87,10 @@ class Interleave(Callback):
         self.resumed = now()
         if self.ours:
             self.plain.append(self.resumed - end)
-        self.progress.update()
+            self.progress.update()
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.progress.close()
 
 
 def measure_loop(config: Path, pairs: int, warmup: int) -> dict:
@@ -93,19 +102,19 @@ def measure_loop(config: Path, pairs: int, warmup: int) -> dict:
         words += ["--checkpoints.every_n_steps", steps]
         command = SegmentationCLI(words)
         bare = BareLoop(copy.deepcopy(command.model), command.datamodule, int(steps))
-        timing = Interleave(bare, warmup, pairs)
+        timing = Interleave(bare, warmup + pairs)
         command.trainer.callbacks.append(timing)
         bare.model.to(command.trainer.strategy.root_device)
         command.fit()
     ours, plain, waits = (times[warmup:] for times in (timing.ours, timing.plain, timing.waits))
-    ratios = [a / b for a, b in zip(ours, plain, strict=False)]
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     return {
         "pairs": len(ratios),
         "ours_s": statistics.median(ours),
         "bare_s": statistics.median(plain),
         "ours_over_bare": statistics.median(ratios),
         "ours_over_bare_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        "data_wait_share": statistics.median(w / a for w, a in zip(waits, ours, strict=False)),
+        "data_wait_share": statistics.median(w / a for w, a in zip(waits, ours, strict=True)),
     }
 
 
@@ -128,16 +137,25 @@ def measure_attention(model: str, repeats: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("conf/mini/supervised_street.yaml"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", type=Path, default=Path("conf/mini/supervised_street.yaml"), help="experiment"
+    )
     parser.add_argument("--model", default="assets/mini-diffusion", help="for the attention back ends")
-    parser.add_argument("--pairs", type=int, default=200)
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of steps that are measured")
+    parser.add_argument("--warmup", type=int, default=10, help="pairs before them that are left out")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     args = parser.parse_args(argv)
+    if args.pairs < 2 or args.warmup < 0:
+        parser.error(
+            f"--pairs {args.pairs} --warmup {args.warmup}: quartiles need at least 2 pairs, after 0 or more."
+        )
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     result = {
         "config": str(args.config),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": head.stdout.strip(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),

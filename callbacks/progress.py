@@ -103,11 +103,13 @@ class Progress(RichProgressBar):
 
     def line(self, batches: int) -> str:
         """One line of text on where the run is."""
-        text = f"step {self.trainer.global_step}/{self.trainer.max_steps}"
+        endless = self.trainer.max_steps < 0  # only trainer.max_time ends the run
+        text = f"step {self.trainer.global_step}" + ("" if endless else f"/{self.trainer.max_steps}")
         if self.window:
+            text += f"  {self.rates()['images_per_s']:.1f} images/s"
+        if self.window and not endless:
             seconds = sum(whole for _, whole, _ in self.window) / len(self.window)
-            left = timedelta(seconds=round(seconds * (self.total_train_batches - batches)))
-            text += f"  {self.rates()['images_per_s']:.1f} images/s  {left} left"
+            text += f"  {timedelta(seconds=round(seconds * (self.total_train_batches - batches)))} left"
         return text
 
     def get_metrics(self, trainer, pl_module) -> dict[str, Any]:

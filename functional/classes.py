@@ -16,8 +16,8 @@ class ClassTable:
     def __post_init__(self):
         if len(self.names) != len(self.colors) or len(set(self.names)) != len(self.names):
             raise ValueError(
-                f"Class table {self.name!r} needs one colour per name and no name twice: found {len(self.names)} "
-                f"names ({len(set(self.names))} different) and {len(self.colors)} colours."
+                f"Class table {self.name!r} needs one colour per name and no name twice: found "
+                f"{len(self.names)} names ({len(set(self.names))} different) and {len(self.colors)} colours."
             )
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def weights_sha256(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of the tensors, in the order of their names; device does not matter."""
+    """SHA-256 over names, types, shapes and bytes of the tensors, sorted by name; the same on any device."""
     tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -163,7 +163,9 @@ class SegmentationModule(LightningModule, ABC):
         means = torch.stack([scores[f"{stage}/{name}/mIoU"] for name in self.matrices])
         scores[f"{stage}/mIoU"] = means.nanmean()
         # Every process has the scores of all; sync_dist only spares Lightning's warning that they might not.
-        self.log_dict({name: value.float() for name, value in scores.items()}, sync_dist=True)
+        # On the device, because NCCL cannot reduce what lies on the CPU.
+        found = {name: value.float().to(self.device) for name, value in scores.items()}
+        self.log_dict(found, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         self.start_scoring("val")

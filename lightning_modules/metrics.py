@@ -26,13 +26,18 @@ class ConfusionMatrix(Metric):
         """Count the pixels of class ids of the same shape; those whose label is 255 are left out.
 
         Raises:
-            ValueError: a label is neither a class nor 255.
+            ValueError: a label is neither a class nor 255, or a prediction is no class.
         """
         ignored = label == IGNORE_INDEX
-        if ((label >= self.num_classes) & ~ignored).any():
+        outside = {
+            "label": (label >= self.num_classes) & ~ignored,
+            "prediction": prediction >= self.num_classes,
+        }
+        if (outside["label"] | outside["prediction"]).any():
+            name, ids = ("label", label) if outside["label"].any() else ("prediction", prediction)
             raise ValueError(
-                f"A label holds a class that the table does not: found ids {label.unique().tolist()} with "
-                f"{self.num_classes} classes. Map the labels to the class table of the model."
+                f"A {name} holds a class that the table does not: found ids {ids.unique().tolist()} with "
+                f"{self.num_classes} classes. Give labels and network the class table of the model."
             )
         cells = (label * self.num_classes + prediction).masked_fill(ignored, self.num_classes**2)
         counts = torch.bincount(cells.flatten(), minlength=self.num_classes**2 + 1)

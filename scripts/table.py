@@ -1,6 +1,6 @@
-"""One Markdown table from the test results of several runs: a row per method, mean and deviation over its seeds.
+"""One Markdown table from the test results of several runs: a row per method, mean and deviation over seeds.
 
-    python -m scripts.table --row "trained U-Net" runs/a0/test/own-best runs/a1/test/own-best --row "untrained" runs/b0/...
+    python -m scripts.table --row x runs/a/test/own-best runs/b/test/own-best --row own runs/c/test/own-best
 
 Each folder holds the metrics.json that test.py wrote. Columns are the sets and their mean: mIoU in percent.
 """
@@ -15,17 +15,26 @@ def read_scores(folder: Path) -> dict[str, float]:
     """mIoU in percent by set, and their "mean".
 
     Raises:
-        FileNotFoundError: the folder holds no result of test.py.
+        FileNotFoundError: the folder holds no scores.
+        ValueError: its scores are those of a validation.
     """
     path = folder / "metrics.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give folders that test.py wrote, such as RUN/test/own-best.")
-    test = json.loads(path.read_text("utf-8"))["test"]
+        raise FileNotFoundError(
+            f"{path} is missing: give folders that test.py wrote, such as RUN/test/own-best."
+        )
+    stages = json.loads(path.read_text("utf-8"))
+    if "test" not in stages:
+        raise ValueError(
+            f"{path} holds no test scores, found {', '.join(stages)}: give folders that test.py wrote, such "
+            "as RUN/test/own-best."
+        )
+    test = stages["test"]
     return {name: scores["mIoU"] for name, scores in test["sets"].items()} | {"mean": test["mean"]["mIoU"]}
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown with a column per set; a cell is the mean over runs, with the sample deviation where there are several.
+    """Markdown with a column per set; a cell is the mean over runs, and the sample deviation of several.
 
     Raises:
         ValueError: the runs were scored on different sets.
@@ -35,7 +44,9 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     for name, runs in rows.items():
         for scores in runs:
             if list(scores) != columns:
-                raise ValueError(f"{name!r} has the sets {list(scores)}, the first row {columns}: score all on the same.")
+                raise ValueError(
+                    f"{name!r} has the sets {list(scores)}, the first row {columns}: score all on the same."
+                )
         cells = []
         for column in columns:
             values = [scores[column] for scores in runs]
@@ -46,11 +57,23 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row", nargs="+", action="append", required=True, metavar="NAME FOLDER", help="name, folders")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--row",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar=("NAME", "FOLDER"),
+        help="name, then the folders of its runs",
+    )
     args = parser.parse_args(argv)
     if short := [row[0] for row in args.row if len(row) < 2]:
         parser.error(f"--row {short[0]!r} names no folder: give a name and at least one folder.")
+    names = [row[0] for row in args.row]
+    if twice := [name for name in names if names.count(name) > 1]:
+        parser.error(f"--row {twice[0]!r} is given twice: name the folders of one row together.")
     print(table({name: [read_scores(Path(folder)) for folder in folders] for name, *folders in args.row}))
 
 

@@ -1,11 +1,12 @@
 """Train the mini Stable Diffusion on the mini world, from nothing, within a time budget.
 
-    python scripts/train_mini_diffusion.py --minutes 90
-    python scripts/train_mini_diffusion.py --minutes 60 --stages unet --init-from assets/mini-diffusion
+    python -m scripts.train_mini_diffusion --minutes 90
+    python -m scripts.train_mini_diffusion --minutes 60 --stages unet --init-from assets/mini-diffusion
 
-Stages: `vae` (autoencoder on both kinds of scenes, the other sensors and label palettes), `unet` (U-Net and text
-encoder together on cached latents). State is saved every few minutes in --work; the same command goes on from it. The
-result is a folder in the layout of Stable Diffusion 1.x (diffusers), fp16 safetensors, EMA weights.
+Stages: `vae` (autoencoder on both kinds of scenes, the other sensors and label palettes), `unet` (U-Net and
+text encoder together on cached latents). State is saved every few minutes in --work; the same command goes on
+from it. The result is a folder in the layout of Stable Diffusion 1.x (diffusers): fp16 safetensors of the EMA
+weights.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from scripts.mini_diffusion.latents import cached_latents
 from scripts.mini_diffusion.layout import (
@@ -40,7 +41,7 @@ PARTS = ("unet", "text", "ema_unet", "ema_text", "opt")
 
 @dataclass
 class Clock:
-    """Time left of one stage, over all of its runs; the learning rate follows it, so a slow machine anneals too."""
+    """Seconds of one stage, over all of its runs; the learning rate follows their share of the budget."""
 
     budget: float
     spent: float = 0.0
@@ -48,32 +49,31 @@ class Clock:
 
     @property
     def seconds(self) -> float:
+        """Spent in earlier runs and in this one."""
         return self.spent + time.monotonic() - self.started
 
     @property
     def share(self) -> float:
+        """Spent part of the budget, at most 1."""
         return min(self.seconds / self.budget, 1.0)
 
 
 def cosine_rate(base: float, step: int, share: float, warmup: int = 150, floor: float = 0.05) -> float:
-    """Linear warm-up over steps, then cosine from `base` to `floor` * base over the share of the budget that is spent."""
+    """Linear warm-up over steps, then cosine from `base` to `floor` * base over the spent share of time."""
     cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
     return base * cosine * min(1.0, (step + 1) / warmup)
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, live: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * live, parameters only (these networks hold no running statistics)."""
+    """average <- decay * average + (1 - decay) * live; of parameters only, as no part keeps statistics."""
     torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy that takes no gradient: where the moving average lives."""
-    copy = (
-        type(module).from_config(module.config)
-        if hasattr(module, "from_config")
-        else type(module)(module.config)
-    )
+    kind = type(module)
+    copy = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
     copy.load_state_dict(module.state_dict())
     return copy.requires_grad_(False).eval()
 
@@ -100,7 +100,7 @@ class Log:
             file.write(line + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- autoencoder
+# ------------------------------------------------------------------------------------------------ autoencoder
 
 
 def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
@@ -113,11 +113,12 @@ def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
     difference = output - image
     chroma = (difference - difference.mean(1, keepdim=True)).abs()
     gradient = torch.diff(difference, dim=-1).abs().mean() + torch.diff(difference, dim=-2).abs().mean()
-    return (weight * (difference.abs() + 5 * difference.square())).mean() + 2 * chroma.mean() + 0.25 * gradient
+    pixel = weight * (difference.abs() + 5 * difference.square())
+    return pixel.mean() + 2 * chroma.mean() + 0.25 * gradient
 
 
 def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
-    """Train the x4 autoencoder on 64-px crops; returns the EMA weights with unit-variance latents."""
+    """Train the x4 autoencoder on 64-px crops (without the stage `vae` only read it); the EMA weights."""
     torch.manual_seed(args.seed)
     vae = (
         build_vae()
@@ -130,19 +131,20 @@ def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
     clock, step, state_path = Clock(args.minutes * 60 * args.vae_share), 0, work / "vae.pt"
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
-        (
-            vae.load_state_dict(state["vae"]),
-            average.load_state_dict(state["ema"]),
-            optimizer.load_state_dict(state["opt"]),
-        )
+        vae.load_state_dict(state["vae"])
+        average.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["opt"])
         clock.spent, step = state["seconds"], state["step"]
+    if "vae" not in args.stages:
+        return average
 
     def save():
-        save_state(state_path, {"vae": vae.state_dict(), "ema": average.state_dict(), "opt": optimizer.state_dict(),
-                                "seconds": clock.seconds, "step": step})  # fmt: skip
+        parts = {"vae": vae, "ema": average, "opt": optimizer}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_state(state_path, state | {"seconds": clock.seconds, "step": step})
 
     if clock.share < 1:
-        images = vae_images(work / "vae_images.npz", args.seed)
+        images = vae_images(work / "vae_images.npz")
         clock.started = time.monotonic()
     saved, progress = time.monotonic(), tqdm(initial=step, desc="vae", unit="step", disable=None)
     while clock.share < 1:
@@ -173,10 +175,13 @@ def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Fold the per-channel mean and deviation of the latents of `images` [N, 3, H, W] in [0, 1] into the two 1x1 convs.
+    """Fold mean and deviation of each latent channel into the two 1x1 convolutions beside the latent.
 
-    The decoded images stay the same; the latents get zero mean and unit variance in each channel, which one scalar
-    scaling factor cannot do. Training never calls this twice on the same weights (the second call is an identity).
+    The decoded images stay the same; the latents get zero mean and unit variance in each channel, which one
+    scalar scaling factor cannot do. A second call with the same images changes nothing.
+
+    Args:
+        images: what the statistics are taken of, [N, 3, H, W] in [0, 1].
     """
     latent = torch.cat([vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(64)])
     mean, std = latent.mean((0, 2, 3)), latent.std((0, 2, 3))
@@ -189,38 +194,53 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     decode.weight *= std[None, :, None, None]
 
 
-# ------------------------------------------------------------------------------------------------------ U-Net and text
+# --------------------------------------------------------------------------------------------- U-Net and text
 
 
 def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Stratified timesteps [B]: half of the batch over 0..999, half over 200..899, where the layout is decided."""
+    """Stratified timesteps [B]: half of them over 0..999, half over 200..899, where the layout is decided."""
     half = batch // 2
-    whole = (
-        (torch.arange(batch - half) + torch.rand(batch - half, generator=generator)) / (batch - half) * 1000
-    )
+    rest = batch - half
+    whole = (torch.arange(rest) + torch.rand(rest, generator=generator)) / rest * 1000
     middle = (torch.arange(half) + torch.rand(half, generator=generator)) / half * 700 + 200
     return torch.cat([whole, middle]).long()
 
 
 def denoising_loss(unet, text_encoder, batch: dict, alpha_bars: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted noise (DDPM, arXiv 2006.11239, eq. 14)."""
+    """Mean squared error of the predicted noise (DDPM, arXiv 2006.11239, eq. 14).
+
+    Args:
+        batch: "latent" [B, 4, h, w] and "tokens" [B, tokens].
+        alpha_bars: [1000].
+    """
     latent, tokens = batch["latent"], batch["tokens"]
     timestep = draw_timesteps(len(latent), generator).to(latent.device)
     noise = torch.randn(latent.shape, generator=generator).to(latent.device)
     alpha_bar = alpha_bars[timestep].view(-1, 1, 1, 1)
     noised = alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
     context = text_encoder(tokens).last_hidden_state
-    return F.mse_loss(
-        unet(noised.contiguous(memory_format=torch.channels_last), timestep, context).sample, noise
-    )
+    noised = noised.contiguous(memory_format=torch.channels_last)
+    return F.mse_loss(unet(noised, timestep, context).sample, noise)
 
 
 def load_or_build(args, tokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """U-Net and text encoder in float32: random under the seed, or those of --init-from.
+
+    Raises:
+        ValueError: the words of --init-from have other tokens.
+    """
     torch.manual_seed(args.seed)
     if args.init_from is None:
         return build_unet(), build_text_encoder(tokenizer)
+    if CLIPTokenizer.from_pretrained(args.init_from / "tokenizer").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{args.init_from} was trained with other token ids than the mini world's words have now, so its "
+            "text encoder would read other words. Train U-Net and text encoder without --init-from."
+        )
     unet = UNet2DConditionModel.from_pretrained(args.init_from, subfolder="unet")
-    return unet, CLIPTextModel.from_pretrained(args.init_from, subfolder="text_encoder")
+    # transformers keeps the stored fp16 unless told otherwise; diffusers casts.
+    options = {"subfolder": "text_encoder", "dtype": torch.float32}
+    return unet, CLIPTextModel.from_pretrained(args.init_from, **options)
 
 
 def train_unet(
@@ -266,13 +286,8 @@ def train_unet(
         running.append(loss.detach())
         progress.update()
         if step % LOG_STEPS == 0:
-            log(
-                stage="unet",
-                step=step,
-                seconds=clock.seconds,
-                samples=samples,
-                loss=torch.stack(running).mean().item(),
-            )
+            mean = torch.stack(running).mean().item()
+            log(stage="unet", step=step, seconds=clock.seconds, samples=samples, loss=mean)
             running.clear()
         if time.monotonic() - saved > SAVE_SECONDS:
             save()
@@ -296,6 +311,7 @@ def scheduler_config() -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -309,7 +325,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=float, default=90, help="time for all stages, rendering not counted"
     )
     parser.add_argument("--stages", nargs="+", choices=("vae", "unet"), default=["vae", "unet"])
-    parser.add_argument("--vae-share", type=float, default=0.2, help="share of the time for the autoencoder")
+    parser.add_argument("--vae-share", type=float, default=0.2, help="share of it for the stage vae")
     parser.add_argument("--init-from", type=Path, help="a folder this script wrote: start from its weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -323,6 +339,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch", type=int, default=32, help="batch at 16x16 latents; a quarter of it at 32x32"
     )
     args = parser.parse_args(argv)
+    shares = {"vae": args.vae_share, "unet": 1 - args.vae_share if "vae" in args.stages else 1}
+    for stage in args.stages:
+        if args.minutes * shares[stage] <= 0:
+            parser.error(
+                f"--minutes {args.minutes} --vae-share {args.vae_share} leaves the stage {stage} no time: "
+                "give more minutes, and a share above 0 and below 1."
+            )
+    if args.init_from is not None and not (args.init_from / "model_index.json").is_file():
+        parser.error(f"--init-from {args.init_from} has no model_index.json: give a folder of this script.")
     if args.init_from is None and "vae" not in args.stages and not (args.work / "vae.pt").exists():
         parser.error("--stages unet needs an autoencoder: give --init-from FOLDER, or add the stage vae.")
     return args
@@ -336,10 +361,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_tokenizer(args.work / "tokenizer")
     if "vae" in args.stages or args.init_from is None:
         vae = train_vae(args, args.work, log)
-        images = vae_images(args.work / "vae_images.npz", args.seed)
-        normalise_latents(
-            vae, images.crops(np.random.default_rng(args.seed), batch=512, size=64).to(args.device)
-        )
+        images = vae_images(args.work / "vae_images.npz")
+        crops = images.crops(np.random.default_rng(args.seed), batch=512, size=64)
+        normalise_latents(vae, crops.to(args.device))
     else:
         vae = AutoencoderKL.from_pretrained(args.init_from, subfolder="vae").to(args.device)
     vae = vae.requires_grad_(False).eval()

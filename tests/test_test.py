@@ -102,6 +102,8 @@ def test_mistakes_are_named_in_short(run, capsys, tmp_path):
     assert "holds: best.ckpt, last.ckpt" in error_of([run, "--checkpoint", "third.ckpt"], capsys)
     no_data = write_config(tmp_path / "c2.yaml", {"model": {}})
     assert "has no section data" in error_of([run, "--data", str(no_data)], capsys)
+    twice = [write_config(folder / "c3.yaml", {"data": {}}) for folder in (tmp_path, Path(run))]
+    assert "several files c3" in error_of([run, "--data", *map(str, twice)], capsys)
     data = {"data": {"class_path": "tests.tiny_run.TinyData", "init_args": {"classes": "mini_objects"}}}
     path = write_config(tmp_path / "objects.yaml", data)
     assert "'mini_objects'" in error_of([run, "--data", str(path)], capsys)

@@ -8,79 +8,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from scripts.mini_diffusion.layout import write_tokenizer
+
 WORDS = (
-    *(
-        "a",
-        "photo",
-        "of",
-        "photograph",
-        "and",
-        "on",
-        "the",
-        "red",
-        "blue",
-        "road",
-        "car",
-        "person",
-        "tree",
-        "sky",
-    ),
-    *("building", "plane", "flying", "dog", "hot", "grass"),
+    *("a", "photo", "of", "photograph", "and", "on", "the", "red", "blue", "road", "car", "person"),
+    *("tree", "sky", "building", "plane", "flying", "dog", "hot", "grass"),
 )
-
-
-def byte_alphabet() -> list[str]:
-    """The 256 printable characters by which CLIP's byte-pair encoding writes bytes."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-    return [characters[byte] for byte in (*visible, *hidden)]
-
-
-def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join each occurrence of the pair of neighbours, from left to right."""
-    merged = []
-    for part in parts:
-        if merged and (merged[-1], part) == pair:
-            merged[-1] += part
-        else:
-            merged.append(part)
-    return merged
-
-
-def write_tokenizer(folder: Path, num_tokens: int = 16, words: Sequence[str] = WORDS) -> int:
-    """Write a CLIPTokenizer in which each of the words is one token, others are pieces; return its size."""
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        parts = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:  # what the earlier merges make of the word; the rest is merged from left to right
-            parts = merge(parts, pair)
-        while len(parts) > 1:
-            merges.append((parts[0], parts[1]))
-            parts = merge(parts, merges[-1])
-    letters = byte_alphabet()
-    tokens = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *dict.fromkeys(left + right for left, right in merges),
-    ]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": num_tokens,
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "do_lower_case": True,
-        "add_prefix_space": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return len(tokens)
 
 
 def write_tiny_model(

@@ -48,7 +48,7 @@ class Scene:
     rows: list = field(default_factory=list)
     shadows: list = field(default_factory=list)  # (X, Z, half width, half length) of dark spots on the ground
     lamps: list = field(default_factory=list)  # (X, Z) of street lamps
-    attributes: dict = field(default_factory=dict)  # class name -> word about its nearest instance
+    attributes: dict = field(default_factory=dict)  # class name -> word about the instance noted last
     numbers: dict = field(default_factory=dict)  # class name -> instances placed
 
     def _add(self, points, plane, label, face, material, color, heat, glow, variant):
@@ -80,7 +80,7 @@ class Scene:
         return FOCAL * abs(x) / ((self.vanish_x if x < 0 else 128 - self.vanish_x) - margin)
 
     def describe(self, name: str, word: str):
-        """Note an instance; later ones are nearer, so the last word stays."""
+        """Note an instance; the word of the last stays: of what stands in rows, the nearest on one side."""
         self.attributes[name] = word
         self.numbers[name] = self.numbers.get(name, 0) + 1
 

@@ -40,11 +40,11 @@ def render_street(
         The asked sensors: rgb uint8 [S, S, 3], depth float32 [S, S] in metres (sky 200), infrared uint8
         [S, S] (-20..45 degrees Celsius), event uint8 [S, S, 3] (white where nothing changed). Always: label
         uint8 [S, S] with ids of deliver11, condition, and caption_facts, a dict of plain values: "condition";
-        "layout", crossing or straight; "attributes", class name -> word about its nearest instance (building:
-        brick, stone, white, yellow; wall: stone, concrete, clay; fence: wooden, white, metal; person: colour
-        of the clothes; car: its colour; traffic sign: round, triangular, square; pole: tall with a lamp, or
-        short); "numbers", class name -> instances placed, of which some may be hidden. An instance in
-        "attributes" may be out of view, so compare with the label.
+        "layout", crossing or straight; "attributes", class name -> word about its nearest instance, or the
+        nearest on one side of the street (building: brick, stone, white, yellow; wall: stone, concrete, clay;
+        fence: wooden, white, metal; person: colour of the clothes; car: its colour; traffic sign: round,
+        triangular, square; pole: tall with a lamp, or short); "numbers", class name -> instances placed, of
+        which some may be hidden. An instance in "attributes" may be out of view, so compare with the label.
 
     Raises:
         ValueError: unknown split, style, condition or sensor, negative index, or a size out of 64..512.

@@ -11,6 +11,8 @@ from tqdm import tqdm
 from functional.fingerprint import weights_sha256
 from scripts.mini_diffusion.scenes import captioned_scenes
 
+WHOLE_SHARE = 0.25  # of the batches
+
 
 @dataclass
 class Latents:
@@ -20,14 +22,13 @@ class Latents:
     tokens: dict[str, Tensor]
     empty: Tensor  # the tokens of the empty caption
 
-    def batch(
-        self, generator: np.random.Generator, batch: int, device: str, whole_share: float = 0.25
-    ) -> dict:
-        """A batch of one resolution: whole street scenes (a quarter of the batch size), or objects and street crops.
+    def batch(self, generator: np.random.Generator, batch: int, device: str) -> dict:
+        """A batch of one resolution: "latent" [B, 4, h, w] float32 and "tokens" [B, tokens].
 
-        One caption in ten is empty, which is what classifier-free guidance needs (arXiv 2207.12598, algorithm 1).
+        A quarter of the batches are whole street scenes (a quarter as many), the others objects and street
+        crops. One caption in ten is empty: classifier-free guidance needs it (arXiv 2207.12598, algorithm 1).
         """
-        if generator.random() < whole_share:
+        if generator.random() < WHOLE_SHARE:
             parts = {"whole": max(batch // 4, 1)}
         else:
             objects = round(0.6 * batch)
@@ -44,7 +45,11 @@ class Latents:
 
 
 def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
-    """Token ids [N, captions, tokens] as int16; a caption that does not fit is an error, not cut off."""
+    """Token ids [N, captions, tokens] as int16.
+
+    Raises:
+        ValueError: a caption is longer than the tokenizer's limit.
+    """
     flat = [caption for several in captions for caption in several]
     ids = tokenizer(flat, padding="max_length", max_length=tokenizer.model_max_length)["input_ids"]
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
@@ -61,14 +66,8 @@ def encode(vae, pictures: list[np.ndarray], device: str, batch: int = 64) -> Ten
     """Posterior means [N, 4, h, w] in fp16."""
     latents = []
     for start in tqdm(range(0, len(pictures), batch), desc="latents", unit="batch"):
-        image = (
-            torch.from_numpy(np.stack(pictures[start : start + batch]))
-            .permute(0, 3, 1, 2)
-            .float()
-            .div(127.5)
-            .sub(1)
-        )
-        image = image.to(device).contiguous(memory_format=torch.channels_last)
+        image = torch.from_numpy(np.stack(pictures[start : start + batch])).permute(0, 3, 1, 2)
+        image = image.float().div(127.5).sub(1).to(device).contiguous(memory_format=torch.channels_last)
         latents.append(vae.encode(image).latent_dist.mean.half().cpu())
     return torch.cat(latents) * vae.config.scaling_factor
 

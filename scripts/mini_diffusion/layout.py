@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from datamodules.mini_world.captions import VOCABULARY
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from datamodules.mini_world.captions import VOCABULARY
 
 NUM_TOKENS = 48  # the longest caption of the mini world has about 40
 WIDTH = 96  # of the text encoder and of the U-Net's cross-attention
@@ -35,7 +36,7 @@ def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(folder: Path, num_tokens: int, words: Sequence[str]) -> int:
-    """Write a CLIPTokenizer in which each of the words is one token, other words byte pieces; return its size."""
+    """Write a CLIPTokenizer: each of the words is one token, other words byte pieces; return its size."""
     merges: list[tuple[str, str]] = []
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -76,7 +77,10 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A random CLIP text encoder. Its embeddings start at deviation .2: at CLIP's .02 all class words begin alike."""
+    """A random CLIP text encoder.
+
+    Its embeddings start at deviation .2: at CLIP's .02 all class words begin alike.
+    """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -95,7 +99,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A random U-Net with the 4 levels and 12 decoder layers of SD 1.x; trained at 16x16 and 32x32 latents."""
+    """A random U-Net with the 4 levels and 12 decoder layers of SD 1.x, for latents of 16x16 and 32x32."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(48, 96, 96, 96),
@@ -125,7 +129,7 @@ def build_vae() -> AutoencoderKL:
 def save_pipeline(
     folder: Path, vae, unet, text_encoder, tokenizer_folder: Path, scheduler: DDIMScheduler
 ) -> None:
-    """Write the fp16 folder beside its place and move it there, so that no half-written model is ever found."""
+    """Write the fp16 folder beside its place and move it there, so that no half-written model is found."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline = StableDiffusionPipeline(
@@ -139,11 +143,8 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(temporary)
-    for name in (
-        "vocab.json",
-        "merges.txt",
-        "tokenizer_config.json",
-    ):  # transformers 5 writes tokenizer.json alone
+    # transformers 5 writes tokenizer.json alone
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(tokenizer_folder / name, temporary / "tokenizer" / name)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)

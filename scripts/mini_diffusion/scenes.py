@@ -1,4 +1,4 @@
-"""The pictures the mini diffusion model is trained on: rendered once by all cores, kept in one file."""
+"""The pictures the mini diffusion model is trained on: rendered once, by several processes."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,42 +11,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datamodules.mini_world.captions import object_caption, street_caption
+from datamodules.mini_world.dataset import SMALLEST_SHARE, MiniStreetDataset
 from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import render_street
 from functional.classes import DELIVER11
 
 STREET_SCENES, SENSOR_SCENES, OBJECT_SCENES = 3000, 600, 6000
 STYLES = ("real", "game")
-
-
-def depth_picture(depth: np.ndarray) -> np.ndarray:
-    """Metric depth [H, W] to grey [H, W, 3] uint8, logarithmic from 1 to 100 m."""
-    grey = np.log(np.clip(depth, 1, 100)) / np.log(100) * 255
-    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+CROP, CAPTIONS = 64, 4  # side of a street crop; captions of each picture
 
 
 def street_picture(index: int) -> np.ndarray:
+    """Scene [128, 128, 3]; the two styles take turns."""
     return render_street("train", index, style=STYLES[index % 2])["rgb"]
 
 
 def sensor_picture(index: int) -> np.ndarray:
-    """In turn depth, infrared, event and the label in its palette colours: what MADM encodes besides photographs."""
+    """In turn depth, infrared, event and the label in its palette, [128, 128, 3]: MADM encodes them all."""
     kind = ("depth", "infrared", "event", "label")[index % 4]
-    scene = render_street("train", index, sensors=() if kind == "label" else (kind,))
-    if kind == "depth":
-        return depth_picture(scene["depth"])
     if kind == "label":
-        return np.array(DELIVER11.colors, np.uint8)[scene["label"]]
-    return np.repeat(scene[kind][..., None], 3, axis=-1) if scene[kind].ndim == 2 else scene[kind]
+        return np.array(DELIVER11.colors, np.uint8)[render_street("train", index, sensors=())["label"]]
+    return MiniStreetDataset("train", index + 1, modality=kind)[index]["image"]
 
 
 def object_picture(index: int) -> np.ndarray:
+    """Object scene [64, 64, 3]."""
     return render_objects("train", index)["rgb"]
 
 
-def render_all(function, count: int, description: str, processes: int = 2) -> list:
-    """function(0), ..., function(count - 1), by several processes; a scene does not depend on who draws it."""
-    with get_context("spawn").Pool(processes) as pool:
+def render_all(function, count: int, description: str) -> list:
+    """function(0), ..., function(count - 1), by two processes; a scene does not depend on who draws it."""
+    with get_context("spawn").Pool(2) as pool:
         return list(
             tqdm(pool.imap(function, range(count), chunksize=32), total=count, desc=description, unit="scene")
         )
@@ -61,25 +57,23 @@ class VaeImages:
     objects: np.ndarray
 
     def crops(self, generator: np.random.Generator, batch: int, size: int) -> Tensor:
-        """Random crops [B, 3, size, size] in [0, 1]: 45 % objects, 37 % street, 18 % other sensors and palettes."""
+        """Random crops [B, 3, size, size] in [0, 1]: 45 % objects, 37 % street, 18 % sensors and palettes."""
         crops = []
         for kind in generator.choice(3, size=batch, p=(0.45, 0.37, 0.18)):
             pictures = (self.objects, self.street, self.sensor)[kind]
             picture = pictures[generator.integers(len(pictures))]
-            side = (
-                size
-                if kind == 0 or generator.random() < 0.6
-                else int(generator.integers(size, picture.shape[0] + 1))
-            )
+            side = size
+            if kind > 0 and generator.random() >= 0.6:  # street scenes also shrunk: a wider view
+                side = int(generator.integers(size, picture.shape[0] + 1))
             top, left = generator.integers(0, picture.shape[0] - side + 1, size=2)
             crop = picture[top : top + side, left : left + side]
-            crops.append(
-                cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA) if side != size else crop
-            )
+            if side != size:
+                crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+            crops.append(crop)
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float().div(255)
 
 
-def vae_images(path: Path, seed: int) -> VaeImages:
+def vae_images(path: Path) -> VaeImages:
     """Render the pictures, or read them from `path` where an earlier run left them."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,45 +89,44 @@ def vae_images(path: Path, seed: int) -> VaeImages:
         return VaeImages(**{kind: arrays[kind] for kind in ("street", "sensor", "objects")})
 
 
-# ---------------------------------------------------------------------------------------------------- captioned scenes
+# ------------------------------------------------------------------------------------------- captioned scenes
 
 
 def captioned_object(index: int, captions: int) -> tuple[np.ndarray, list[str]]:
     """Picture [64, 64, 3] and several captions of it."""
-    from datamodules.mini_world.captions import object_caption
-
     scene, rng = render_objects("train", index), np.random.default_rng((1, index))
     return scene["rgb"], [object_caption(scene["caption_facts"], rng) for _ in range(captions)]
 
 
-def captioned_street(index: int, captions: int, size: int = 64) -> dict:
-    """A whole street scene [128, 128, 3], two crops [size, size, 3] of it, and captions of each by what it shows."""
-    from datamodules.mini_world.captions import street_caption
+def captioned_street(index: int, captions: int) -> dict:
+    """A street scene, two crops of it, and captions of each by what it shows.
 
+    Returns:
+        "image" [128, 128, 3], its "captions", and "crops", pairs of a picture [64, 64, 3] and its captions.
+    """
     rng = np.random.default_rng((2, index))
     scene = render_street("train", index, style=STYLES[index % 2])
     image, label = scene["rgb"], scene["label"]
 
     def describe(part: np.ndarray) -> list[str]:
         share = np.bincount(part.ravel(), minlength=len(DELIVER11)) / part.size
-        present = [name for name, s in zip(DELIVER11.names, share, strict=True) if s >= 0.004]
+        present = [name for name, s in zip(DELIVER11.names, share, strict=True) if s >= SMALLEST_SHARE]
         return [street_caption(scene["caption_facts"], rng, present) for _ in range(captions)]
 
     crops = []
     for _ in range(2):
-        side = int(rng.integers(size, image.shape[0] + 1))
+        side = int(rng.integers(CROP, image.shape[0] + 1))
         top, left = rng.integers(0, image.shape[0] - side + 1, size=2)
         window = np.s_[top : top + side, left : left + side]
-        crops.append(
-            (cv2.resize(image[window], (size, size), interpolation=cv2.INTER_AREA), describe(label[window]))
-        )
+        picture = cv2.resize(image[window], (CROP, CROP), interpolation=cv2.INTER_AREA)
+        crops.append((picture, describe(label[window])))
     return {"image": image, "captions": describe(label), "crops": crops}
 
 
-def captioned_scenes(scenes: int, captions: int = 4) -> dict[str, list[tuple[np.ndarray, list[str]]]]:
-    """`scenes` object scenes and as many street crops (64 px), and a quarter as many whole street scenes (128 px)."""
-    objects = render_all(partial(captioned_object, captions=captions), scenes, "object scenes")
-    street = render_all(partial(captioned_street, captions=captions), (scenes + 1) // 2, "street scenes")
+def captioned_scenes(scenes: int) -> dict[str, list[tuple[np.ndarray, list[str]]]]:
+    """`scenes` object scenes and as many street crops (64 px), and a quarter of it whole streets (128 px)."""
+    objects = render_all(partial(captioned_object, captions=CAPTIONS), scenes, "object scenes")
+    street = render_all(partial(captioned_street, captions=CAPTIONS), (scenes + 1) // 2, "street scenes")
     crops = [crop for scene in street for crop in scene["crops"]]
     whole = [(scene["image"], scene["captions"]) for scene in street[: (scenes + 3) // 4]]
     return {"objects": objects, "crops": crops, "whole": whole}

@@ -62,6 +62,12 @@ def test_lines_come_no_more_often_than_asked_but_the_last_step_has_one(tmp_path,
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["step 6/6"]
 
 
+def test_a_run_that_only_time_ends_has_no_time_left(tmp_path, capsys):
+    run(tmp_path, Progress(line_every_s=0), steps=-1, max_time={"seconds": 1})
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("step ") and last.endswith(" images/s") and "/-1" not in last
+
+
 @pytest.mark.parametrize("every", [0, 100])
 def test_in_a_terminal_a_bar_counts_the_batches_of_the_run(tmp_path, capsys, monkeypatch, every):
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -16,7 +16,7 @@ def test_no_two_classes_of_a_table_share_a_colour(name):
 
 
 def test_an_unknown_table_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="deliver12.*deliver11"):
+    with pytest.raises(ValueError, match=r"deliver12.*deliver11"):
         class_table("deliver12")
 
 

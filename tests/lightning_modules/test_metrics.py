@@ -51,5 +51,10 @@ def test_a_label_outside_the_table_is_an_error_that_names_it():
         scores((torch.tensor([0, 1]), torch.tensor([0, 4])))
 
 
+def test_a_prediction_outside_the_table_is_an_error_and_not_another_class():
+    with pytest.raises(ValueError, match=r"A prediction .* found ids \[0, 5\] with 4 classes"):
+        scores((torch.tensor([0, 5]), torch.tensor([0, 0])))
+
+
 def test_a_set_without_valid_pixels_has_no_score():
     assert math.isnan(scores((PREDICTION, torch.full_like(LABEL, 255)))["mIoU"])

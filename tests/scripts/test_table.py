@@ -8,7 +8,9 @@ from scripts.table import main, table
 def write_result(folder, day, night):
     folder.mkdir()
     sets = {"day": {"mIoU": day}, "night": {"mIoU": night}}
-    (folder / "metrics.json").write_text(json.dumps({"test": {"sets": sets, "mean": {"mIoU": (day + night) / 2}}}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"test": {"sets": sets, "mean": {"mIoU": (day + night) / 2}}})
+    )
     return str(folder)
 
 
@@ -25,6 +27,22 @@ def test_runs_scored_on_other_sets_are_not_averaged():
         table({"a": [{"day": 1.0}], "b": [{"night": 1.0}]})
 
 
+def test_scores_of_a_validation_are_not_taken_for_test_scores(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"val": {"sets": {}, "mean": {}}}))
+    with pytest.raises(ValueError, match="no test scores, found val"):
+        main(["--row", "x", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--row", "x"], "names no folder"), (["--row", "x", "a", "--row", "x", "b"], "given twice")],
+)
+def test_a_row_without_folders_or_given_twice_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
 def test_a_folder_without_result_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="test.py wrote"):
+    with pytest.raises(FileNotFoundError, match=r"test\.py wrote"):
         main(["--row", "x", str(tmp_path)])

@@ -6,18 +6,27 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from datamodules.mini_world.captions import VOCABULARY
-from scripts.mini_diffusion.latents import Latents, encode, tokenize
-from scripts.mini_diffusion.layout import build_text_encoder, build_tokenizer, build_unet, build_vae, save_pipeline
+from scripts.mini_diffusion.latents import Latents, cached_latents, encode, tokenize
+from scripts.mini_diffusion.layout import (
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    save_pipeline,
+)
 from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_picture
 from scripts.train_mini_diffusion import (
     Clock,
     cosine_rate,
     draw_timesteps,
+    frozen_copy,
     main,
     normalise_latents,
     reconstruction_loss,
     scheduler_config,
+    update_ema,
 )
+from tests.small_diffusion import few_scenes, small_vae
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,9 @@ def test_each_word_of_the_mini_world_is_one_token(tokenizer):
 
 
 def test_captions_of_many_scenes_fit_the_tokenizer(tokenizer):
-    captions = [captioned_object(i, 2)[1] for i in range(40)] + [captioned_street(i, 2)["captions"] for i in range(40)]
+    captions = [captioned_object(i, 2)[1] for i in range(40)] + [
+        captioned_street(i, 2)["captions"] for i in range(40)
+    ]
     assert tokenize(tokenizer, captions).shape == (80, 2, tokenizer.model_max_length)
 
 
@@ -70,7 +81,11 @@ def test_a_colour_error_on_a_saturated_pixel_costs_more_than_on_a_grey_one():
 
 
 def make_latents(tokens=6):
-    latent = {"objects": torch.ones(5, 4, 8, 8), "crops": torch.full((5, 4, 8, 8), 2.0), "whole": torch.zeros(3, 4, 16, 16)}
+    latent = {
+        "objects": torch.ones(5, 4, 8, 8),
+        "crops": torch.full((5, 4, 8, 8), 2.0),
+        "whole": torch.zeros(3, 4, 16, 16),
+    }
     ids = {kind: torch.ones(len(value), 2, tokens, dtype=torch.int16) for kind, value in latent.items()}
     return Latents({k: v.half() for k, v in latent.items()}, ids, torch.zeros(tokens, dtype=torch.int16))
 
@@ -102,18 +117,67 @@ def test_diffusers_loads_the_saved_folder_and_draws(tmp_path, tokenizer):
     torch.manual_seed(0)
     build_tokenizer(tmp_path / "tokenizer")
     scheduler = DDIMScheduler.from_config(scheduler_config())
-    save_pipeline(tmp_path / "model", build_vae(), build_unet(), build_text_encoder(tokenizer), tmp_path / "tokenizer", scheduler)
+    save_pipeline(
+        tmp_path / "model",
+        build_vae(),
+        build_unet(),
+        build_text_encoder(tokenizer),
+        tmp_path / "tokenizer",
+        scheduler,
+    )
     assert sum(p.stat().st_size for p in (tmp_path / "model").rglob("*.safetensors")) < 20e6
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("a photo of a red car", height=64, width=64, num_inference_steps=2, output_type="np").images
+    size = {"height": 64, "width": 64}
+    image = pipeline("a photo of a red car", **size, num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
 
 
-def test_the_unet_stage_alone_needs_an_autoencoder(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stages", "unet"], "needs an autoencoder: give --init-from"),
+        (["--init-from", "nowhere"], "has no model_index.json"),
+        (["--minutes", "0"], "leaves the stage vae no time"),
+        (["--vae-share", "1"], "leaves the stage unet no time"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(tmp_path, capsys, words, message):
     with pytest.raises(SystemExit):
-        main(["--stages", "unet", "--work", str(tmp_path)])
-    assert "--init-from" in capsys.readouterr().err
+        main([*words, "--work", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_an_average_moves_by_its_decay_and_takes_no_gradient():
+    live = small_vae()
+    average = frozen_copy(live)
+    with torch.no_grad():
+        live.quant_conv.bias += 1
+    before = average.quant_conv.bias.clone()
+    update_ema(average, live, 0.75)
+    torch.testing.assert_close(average.quant_conv.bias, before + 0.25)
+    assert not any(p.requires_grad for p in average.parameters())
+
+
+def test_latents_are_encoded_again_for_another_autoencoder_or_number_of_scenes(
+    tmp_path, tokenizer, monkeypatch
+):
+    drawn = []
+
+    def scenes(count):
+        drawn.append(count)
+        return few_scenes(count)
+
+    monkeypatch.setattr("scripts.mini_diffusion.latents.captioned_scenes", scenes)
+    vae, path = small_vae(), tmp_path / "latents.pt"
+    first = cached_latents(vae, tokenizer, path, 2, "cpu")
+    again = cached_latents(vae, tokenizer, path, 2, "cpu")
+    assert drawn == [2] and all(torch.equal(first.latent[kind], again.latent[kind]) for kind in first.latent)
+    cached_latents(vae, tokenizer, path, 3, "cpu")
+    with torch.no_grad():
+        vae.quant_conv.bias += 1
+    cached_latents(vae, tokenizer, path, 3, "cpu")
+    assert drawn == [2, 3, 3]
 
 
 @pytest.mark.slow
@@ -128,8 +192,8 @@ def test_a_short_training_is_saved_resumed_and_continued_from(tmp_path, monkeypa
     assert first["steps"] > 0
     main([*common, "--minutes", "0.2", "--output", str(model)])
     assert json.loads((model / "training.json").read_text())["steps"] > first["steps"]
-    other = ["--work", str(tmp_path / "other"), "--stages", "unet", "--init-from", str(model), "--scenes", "8"]
-    main([*other, "--batch", "4", "--minutes", "0.05", "--output", str(tmp_path / "next")])
+    other = [*common[:-1], str(tmp_path / "other"), "--stages", "unet", "--init-from", str(model)]
+    main([*other, "--minutes", "0.05", "--output", str(tmp_path / "next")])
     assert (tmp_path / "next" / "unet" / "diffusion_pytorch_model.safetensors").exists()
 
 

@@ -1,0 +1,114 @@
+"""Each option of the training's command line changes what it should, and nothing else."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from functional.fingerprint import weights_sha256
+from scripts.mini_diffusion.layout import build_tokenizer
+from scripts.train_mini_diffusion import load_or_build, main, parse_args
+from tests.small_diffusion import StepClock, few_images, few_scenes, small_unet, small_vae
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "build_unet": small_unet,
+            "build_vae": small_vae,
+            "vae_images": few_images,
+            "Clock": StepClock,
+        }.items():
+            patch.setattr(f"scripts.train_mini_diffusion.{name}", value)
+        patch.setattr("scripts.mini_diffusion.latents.captioned_scenes", few_scenes)
+        yield
+
+
+def train(work, *words, output=None) -> dict[str, str | int]:
+    """Train for a few steps; return the record and the fingerprints of the parts."""
+    output = output or work / "model"
+    small = ["--minutes", "0.25", "--vae-share", "0.4", "--batch", "4", "--vae-batch", "2", "--scenes", "4"]
+    main([*small, "--work", str(work), "--output", str(output), *words])
+    parts = {path.parent.name: weights_sha256(load_file(path)) for path in output.rglob("*.safetensors")}
+    return parts | {"record": json.loads((output / "training.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def usual(work):
+    return train(work)
+
+
+def test_the_same_command_gives_the_same_weights(usual, tmp_path):
+    assert train(tmp_path) == usual
+
+
+@pytest.mark.parametrize(
+    ("words", "same_vae"),
+    [
+        ("--seed 1", False),
+        ("--vae-batch 3", False),
+        ("--vae-share 0.6", False),
+        ("--minutes 0.5", False),
+        ("--lr 0.01", True),
+        ("--batch 8", True),
+        ("--scenes 6", True),
+    ],
+)
+def test_an_option_changes_the_weights_that_depend_on_it(usual, tmp_path, words, same_vae):
+    found = train(tmp_path, *words.split())
+    assert found["unet"] != usual["unet"] and found["text_encoder"] != usual["text_encoder"]
+    assert (found["vae"] == usual["vae"]) == same_vae
+
+
+def test_the_number_of_threads_is_the_one_that_is_asked_for(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        train(tmp_path, "--stages", "vae", "--threads", str(before + 1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_stage_vae_alone_trains_the_same_autoencoder_and_no_unet(usual, tmp_path):
+    found = train(tmp_path, "--stages", "vae")
+    assert found["vae"] == usual["vae"] and found["unet"] != usual["unet"]
+    assert found["record"]["steps"] == 0 < usual["record"]["steps"]
+
+
+def test_the_stage_unet_goes_on_and_leaves_the_autoencoder_as_it_is(work, usual, tmp_path):
+    shutil.copytree(work, tmp_path / "work")
+    state = (tmp_path / "work" / "vae.pt").read_bytes()
+    found = train(tmp_path / "work", "--stages", "unet", "--minutes", "1")
+    assert found["vae"] == usual["vae"] and (tmp_path / "work" / "vae.pt").read_bytes() == state
+    assert found["record"]["steps"] > usual["record"]["steps"]
+
+
+def test_training_from_a_folder_starts_at_its_weights_in_float32(work, usual, tmp_path):
+    start = ["--init-from", str(work / "model"), "--stages", "unet"]
+    tokenizer = build_tokenizer(tmp_path / "tokenizer")
+    parts = dict(zip(("unet", "text_encoder"), load_or_build(parse_args(start), tokenizer), strict=True))
+    for name, part in parts.items():
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+        assert weights_sha256(part.half()) == usual[name]
+    found = train(tmp_path, *start)
+    assert found["vae"] == usual["vae"] and found["unet"] != usual["unet"]
+
+
+def test_a_start_whose_words_have_other_tokens_is_refused(work, usual, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.mini_diffusion.layout.VOCABULARY", ("zebra", "car"))
+    with pytest.raises(ValueError, match="other token ids"):
+        train(tmp_path, "--init-from", str(work / "model"), "--stages", "unet")
+
+
+@pytest.mark.cuda
+def test_the_training_runs_on_the_device_that_is_asked_for(usual, tmp_path):
+    found = train(tmp_path, "--device", "cuda")
+    assert found["record"]["device"] == "cuda" and found["record"]["steps"] == usual["record"]["steps"]

@@ -1,0 +1,30 @@
+"""Each experiment on the mini world trains, goes on, is scored and predicts: two steps, in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from predict import main as predict
+from scripts.demo_images import main as demo_images
+from tests.test_test import script as test_script
+from train import main as train
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted((ROOT / "conf/mini").glob("*.yaml"))
+DATA = "--data.train_length 4 --data.eval_length 1 --data.batch_size 2 --data.num_workers 0"
+SHORT = f"{DATA} --wandb.mode disabled"
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
+def test_a_mini_experiment_trains_resumes_is_scored_and_predicts(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the configs name assets/mini-diffusion
+    run, images, masks = (str(tmp_path / name) for name in ("run", "images", "masks"))
+    train(["--config", str(config), "--output", run, *SHORT.split(), "--trainer.max_steps", "1"])
+    train(["--config", str(config), "--output", run, *SHORT.split(), "--trainer.max_steps", "2", "--resume"])
+    assert json.loads(Path(run, "run.json").read_text())["step"] == 2
+    test_script.main([run, "--pictures", "1"])
+    assert json.loads(Path(run, "test/own-best/metrics.json").read_text())["test"]["mean"]["mIoU"] >= 0
+    demo_images(["--output", images, "--count", "2"])
+    predict([run, "--input", images, "--output", masks])
+    assert len(list(Path(masks).rglob("*.png"))) >= 4
