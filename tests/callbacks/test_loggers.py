@@ -74,6 +74,20 @@ def test_a_wandb_that_cannot_start_gives_one_warning_and_takes_every_call(tmp_pa
     assert len([w for w in caught if "training goes on" in str(w.message)]) == 1
 
 
+def test_the_options_of_the_run_reach_wandb(tmp_path, monkeypatch):
+    given = {}
+
+    def start(**options):
+        given.update(options)
+        raise ConnectionError("seen enough")
+
+    monkeypatch.setattr("wandb.init", start)
+    options = {"mode": "offline", "project": "p", "entity": "e", "name": "n", "tags": ["t"]}
+    with pytest.warns(UserWarning, match="seen enough"):
+        WandbRun(tmp_path, **options).log_metrics({"a": 1}, step=0)
+    assert {name: given[name] for name in options} == options
+
+
 def test_a_wandb_that_fails_online_goes_on_offline(tmp_path, monkeypatch):
     modes = []
 

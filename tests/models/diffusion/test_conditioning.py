@@ -18,7 +18,7 @@ def diffusion(model_folder):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Words split as CLIP's vocabulary splits them: traffic|light, pot|ted|plant."""
+    """Each of these words is one token, as in CLIP's vocabulary; others fall into pieces."""
     words = ("a", "photograph", "photography", "of", "plane", "flying", "hot", "dog", "traffic", "light")
     folder = write_tiny_model(tmp_path_factory.mktemp("words"), words=words)
     return StableDiffusion(str(folder), parts=("text_encoder",)).tokenizer
