@@ -4,6 +4,7 @@ import json
 import secrets
 import shutil
 import sys
+import tempfile
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.loggers import MetricsCSV, WandbRun
 from callbacks.predictions import Predictions
 from callbacks.progress import Progress
-from callbacks.run_record import RunRecord, redact_command
+from callbacks.run_record import REDACTED, RunRecord, redact, redact_command, secret_values
 from config_files import UsageError, config_paths, parse_yaml, read_yaml
 from mistakes import edge_errors, explain
 
@@ -105,7 +106,20 @@ class SegmentationCLI(LightningCLI):
                 "trainer.max_steps is not set, so training would never end.\n"
                 "Set it, e.g. --trainer.max_steps 4000."
             )
+        if trainer.enable_checkpointing is False:
+            raise UsageError(
+                "trainer.enable_checkpointing (given: false): a run always keeps its checkpoints.\n"
+                "Leave it out; --trainer.fast_dev_run true tries a run and keeps nothing."
+            )
         self.folder = Path(self.config.output or Path("runs") / (paths[0].stem if paths else "unnamed"))
+        if trainer.fast_dev_run:
+            if self.config.resume or self.config.overwrite:
+                raise UsageError(
+                    "trainer.fast_dev_run tries a fresh start and keeps nothing.\n"
+                    "Leave out --resume and --overwrite."
+                )
+            self.trial = tempfile.TemporaryDirectory()  # after an exception, deleted with this object
+            self.folder = Path(self.trial.name)
         self.checkpoint = open_run_folder(self.folder, self.config.resume, self.config.overwrite)
         if trainer.val_check_interval is None and trainer.max_steps > 0:
             trainer.val_check_interval = max(1, trainer.max_steps // 10) * trainer.accumulate_grad_batches
@@ -120,7 +134,11 @@ class SegmentationCLI(LightningCLI):
         if not self.build:
             return
         if self.checkpoint:
-            step = load_checkpoint(self.checkpoint)["global_step"]
+            checkpoint = load_checkpoint(self.checkpoint)
+            check_unchanged(
+                parse_yaml(checkpoint["config"], f"the config in {self.checkpoint}"), self.resolved()
+            )
+            step = checkpoint["global_step"]
             if 0 < self.config.trainer.max_steps <= step:
                 self.finished_at = step
                 return
@@ -184,6 +202,10 @@ def train(args: list[str]) -> None:
         )
         return
     command.fit()
+    if command.config.trainer.fast_dev_run:
+        command.trial.cleanup()
+        print("The trial (trainer.fast_dev_run) went through. Nothing was kept.")
+        return
     print(f"The run is in {command.folder}: metrics.md, metrics.json, checkpoints, pictures.")
 
 
@@ -219,6 +241,48 @@ def open_run_folder(folder: Path, resume: bool, overwrite: bool) -> Path | None:
     if not resume or not saved:
         return None
     return checkpoint_path(folder, "last")
+
+
+def differences(old, new, key: str = "") -> list[tuple[str, object, object]]:
+    """List (key, old value, new value) wherever two nested configs differ; an absent value is "nothing"."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(key, old, new)]
+    found = []
+    for name in {**old, **new}:
+        path = f"{key}.{name}" if key else str(name)
+        found += differences(old.get(name, "nothing"), new.get(name, "nothing"), path)
+    return found
+
+
+def check_unchanged(old: dict, new: dict) -> None:
+    """Refuse to resume with another model, other training data or another seed.
+
+    The checkpoint's optimiser and schedule would bring back the old rates, and the samples drawn so far would
+    be counted by another batch size, while the run's record says otherwise.
+
+    Args:
+        old: resolved config of the checkpoint, without secrets.
+        new: resolved config of the command.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    new = redact(new, secret_values(new))
+    old, new = ({k: c.get(k) for k in ("seed_everything", "model", "data")} for c in (old, new))
+    changed = []
+    for key, before, now in differences(old, new):
+        parts = key.split(".")
+        only_evaluation = parts[0] == "data" and any(part.startswith("eval_") for part in parts)
+        only_speed = parts[0] == "data" and parts[-1] == "num_workers"
+        if not (only_evaluation or only_speed or REDACTED in f"{before}{now}"):
+            changed.append(f"{key} ({str(before)[:60]!r} -> {str(now)[:60]!r})")
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UsageError(
+            "--resume goes on with the options that the run began with, but found others now:\n"
+            f"{', '.join(changed[:3])}{more}.\n"
+            "Leave these changes out, or start another run with --output DIR."
+        )
 
 
 def checkpoint_path(run: Path, which: str | None) -> Path:

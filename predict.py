@@ -24,12 +24,15 @@ class Predictor:
     Args:
         model: LightningModule with `predict_step` and `classes`.
         device: "cpu", "cuda", ...; None takes CUDA where there is one.
+
+    Raises:
+        UsageError: this machine has no such device.
     """
 
     def __init__(self, model, device: str | None = None):
         import torch
 
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(find_device(device))
         self.model = model.eval().to(self.device)
         self.names, self.colors = list(model.classes.names), [tuple(color) for color in model.classes.colors]
 
@@ -56,6 +59,28 @@ class Predictor:
         batch = {"image": to_tensor(image)[None].to(self.device), "name": [name]}
         with torch.inference_mode():
             return self.model.predict_step(batch, 0)[0].cpu().numpy().astype(np.uint8)
+
+
+def find_device(name: str | None) -> str:
+    """Return the name of a device of this machine; None takes CUDA where there is one.
+
+    Raises:
+        UsageError: names the device asked for and those there are.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        there += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in there:
+        raise UsageError(
+            f"this machine has no device {name!r} that torch {torch.__version__} can use.\n"
+            f"There is: {', '.join(there)}."
+        )
+    return name
 
 
 def to_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
@@ -147,7 +172,7 @@ def main(args: list[str] | None = None) -> None:
     set_environment()
     with short_errors():
         options = arguments(sys.argv[1:] if args is None else args)
-        images = input_images(options.input)
+        images, device = input_images(options.input), find_device(options.device)
         from lightning.pytorch import seed_everything
         from PIL import Image
         from rich.progress import track
@@ -160,10 +185,10 @@ def main(args: list[str] | None = None) -> None:
 
         seed_everything(0, verbose=False)
         if options.run:
-            predictor = load(options.run, options.device)
+            predictor = load(options.run, device)
             home = options.run if options.run.is_dir() else options.run.parent.parent
         else:
-            predictor = Predictor(build({"model": resolve(options.config)["model"]})[0], options.device)
+            predictor = Predictor(build({"model": resolve(options.config)["model"]})[0], device)
             home = Path("runs") / options.config[0].stem
         output = options.output or home / "predictions"
         output.mkdir(parents=True, exist_ok=True)

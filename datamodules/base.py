@@ -125,8 +125,13 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def eval_dataloaders(self, split: str) -> list[DataLoader]:
         rank, world_size = self.rank_and_world_size()
         loaders = []
-        for dataset in self.eval_datasets(split).values():
+        for name, dataset in self.eval_datasets(split).items():
             samples = EvaluationSamples(dataset)
+            if len(samples) < world_size:
+                raise ValueError(
+                    f"The {split} set {name!r} is too small: found {len(samples)} images for {world_size} "
+                    "processes, and each needs one. Make the set larger or set trainer.devices lower."
+                )
             # No padding to equal lengths: each image counts once whatever the number of processes.
             own = Subset(samples, range(rank, len(samples), world_size))
             loaders.append(DataLoader(own, batch_size=self.eval_batch_size, **self.loader_options()))

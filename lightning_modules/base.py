@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -77,6 +78,19 @@ def describe_difference(stored: dict, names: list[str], colors: list[list[int]])
     return "; ".join(found)
 
 
+def check_channels(network: nn.Module, inputs: tuple, logits: Tensor, *, num_classes: int) -> None:
+    """Forward hook that refuses logits [B, C, H, W] of another number of classes than the table's.
+
+    Raises:
+        ValueError: names both numbers.
+    """
+    if logits.shape[1] != num_classes:
+        raise ValueError(
+            f"The network does not fit the class table: found logits of {logits.shape[1]} classes, the table "
+            f"has {num_classes}. Set model.init_args.network.init_args.num_classes to {num_classes}."
+        )
+
+
 class SegmentationModule(LightningModule, ABC):
     """Trains a network from image [B, 3, H, W] in [0, 1] to logits [B, C, H, W]; a subclass adds the rule.
 
@@ -106,6 +120,8 @@ class SegmentationModule(LightningModule, ABC):
     ):
         super().__init__()
         self.network, self.classes = network, class_table(classes)
+        # As a hook because training rules call the network in their own ways.
+        network.register_forward_hook(partial(check_channels, num_classes=len(self.classes)))
         self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
         self.lr_multipliers, self.decay_norm_and_bias = lr_multipliers or {}, decay_norm_and_bias
         self.matrices: dict[str, ConfusionMatrix] = {}  # of the running or latest validation or test, by set

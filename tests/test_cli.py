@@ -122,6 +122,78 @@ def test_resume_goes_on_and_ends_with_the_weights_of_one_run(config):
     assert Path("whole/metrics.csv").read_text() == Path("parts/metrics.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--model.lr", "0.5"], ["model.init_args.lr ('0.01' -> '0.5')"]),
+        (["--data.batch_size", "3"], ["data.init_args.batch_size ('2' -> '3')"]),
+        (["--seed_everything", "7"], ["seed_everything ('0' -> '7')"]),
+        (
+            ["--model.schedule", "lightning_modules.schedules.WarmupPoly"],
+            ["schedule ('None' -> "],
+        ),
+    ],
+)
+def test_resuming_with_another_model_data_or_seed_is_refused(config, capsys, words, parts):
+    main(["--config", config])
+    record = Path("runs/tiny/run.json").read_text()
+    message = error_of(["--config", config, "--trainer.max_steps", "4", "--resume", *words], capsys)
+    assert [part for part in [*parts, "--output DIR"] if part not in message] == [], message
+    assert Path("runs/tiny/run.json").read_text() == record
+
+
+def test_resuming_with_other_speed_evaluation_or_record_goes_on(config):
+    main(["--config", config, "--data.api_key", "secret-one"])
+    words = ["--data.num_workers", "1", "--data.eval_batch_size", "1", "--data.api_key", "secret-two"]
+    words += ["--checkpoints.every_n_steps", "1", "--wandb.project", "other", "--trainer.max_steps", "3"]
+    main(["--config", config, "--resume", *words])
+    assert json.loads(Path("runs/tiny/run.json").read_text())["step"] == 3
+
+
+def test_what_differs_is_listed_to_the_depth_at_which_it_differs():
+    from cli import differences
+
+    old = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None, "same": {"x": 1}}
+    new = {"a": {"b": 2, "c": {"d": [1, 3]}}, "e": {"f": 1}, "same": {"x": 1}, "g": 4}
+    assert differences(old, new) == [
+        ("a.b", 1, 2),
+        ("a.c.d", [1, 2], [1, 3]),
+        ("e", None, {"f": 1}),
+        ("g", "nothing", 4),
+    ]
+
+
+def test_many_changes_are_counted_and_three_of_them_named():
+    from cli import check_unchanged
+
+    old = {"seed_everything": 0, "model": {"a": 1, "b": 1, "c": 1}, "data": {"d": 1}}
+    with pytest.raises(UsageError, match=r"model\.b .* and 2 more\.") as error:
+        check_unchanged(old, {"seed_everything": 1, "model": {"a": 2, "b": 2, "c": 2}, "data": {"d": 2}})
+    assert len(str(error.value).splitlines()) == 3 and "model.c" not in str(error.value)
+
+
+def test_a_trial_run_keeps_nothing_and_says_so(config, capsys, tmp_path):
+    main(["--config", config, "--trainer.fast_dev_run", "true"])
+    printed = capsys.readouterr().out
+    assert "Nothing was kept" in printed and "metrics.md" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_a_trial_run_leaves_the_run_of_the_folder_alone(config, capsys, option):
+    main(["--config", config])
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    main(["--config", config, "--trainer.fast_dev_run", "true"])
+    assert f"{option}" in error_of(["--config", config, "--trainer.fast_dev_run", "true", option], capsys)
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+
+
+def test_a_run_without_checkpoints_is_refused_before_its_folder_is_made(config, capsys):
+    message = error_of(["--config", config, "--trainer.enable_checkpointing", "false"], capsys)
+    assert "trainer.enable_checkpointing" in message and "Leave it out" in message
+    assert not Path("runs").exists()
+
+
 def test_resuming_a_finished_run_says_so_and_succeeds(config, capsys):
     main(["--config", config])
     main(["--config", config, "--resume"])

@@ -8,7 +8,7 @@ from PIL import Image
 
 from functional.classes import class_table
 from functional.palette import overlay
-from predict import load, main
+from predict import find_device, load, main
 from tests.tiny_run import tiny_config, write_config
 from train import main as train
 
@@ -105,6 +105,23 @@ def test_a_method_without_training_predicts_from_its_config(image, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     main(["--config", str(write_config(tmp_path / "free.yaml", tiny_config())), "--input", str(image)])
     assert Path("runs/free/predictions/street_ids.png").is_file()
+
+
+def test_the_device_is_where_the_model_lies_and_one_that_is_missing_is_refused(
+    run, image, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device(None) == "cuda"  # where there is one
+    assert find_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(run).device == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for wrong in ("cuda", "cuda:1", "gpu"):
+        message = error_of([run, "--input", image, "--output", tmp_path / "no", "--device", wrong], capsys)
+        assert repr(wrong) in message and "There is: cpu." in message
+        assert len(message.splitlines()) <= 3 and not (tmp_path / "no").exists()
+    main([str(run), "--input", str(image), "--output", str(tmp_path / "yes"), "--device", "cpu"])
+    assert (tmp_path / "yes/street_ids.png").is_file()
 
 
 def test_mistakes_are_named_in_short(run, image, tmp_path, capsys):

@@ -50,8 +50,10 @@ class TinyData(SegmentationDataModule):
         size: int = 8,
         api_key: str | None = None,
         url: str | None = None,
+        eval_batch_size: int = 2,
+        num_workers: int = 0,
     ):
-        super().__init__(batch_size=batch_size, eval_batch_size=2)
+        super().__init__(batch_size, eval_batch_size, num_workers)
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"TinyData has no folder {root}. Set data.init_args.root (now {root!r}).")
         self.classes, self.size = classes, size

@@ -41,6 +41,9 @@ WEIGHTS = {  # in the order of preference; .bin is a pickle and only read by the
     }.items()
 }
 HUB_TIMEOUT_S = 2.0
+ROOT = Path(__file__).parents[2]  # of the project
+# A path that begins so is meant for this project's folders, even where they are missing: no owner on the hub.
+PROJECT_FOLDERS = ("assets", "conf", "docs", "models", "runs", "scripts", "tests", "work")
 
 
 def needed_files(folders: Collection[str], has: Callable[[str], bool]) -> tuple[list[str], list[str]]:
@@ -58,13 +61,16 @@ def find_model(path: str, folders: Collection[str]) -> Path:
     """Folder of the model: `path` itself, else the local hub cache, else downloaded from the hub.
 
     Args:
-        path: local folder in the layout of diffusers, alias (one of ALIASES) or hub name.
+        path: local folder in the layout of diffusers, relative to the current folder or else to the project's
+            root, alias (one of ALIASES) or hub name.
         folders: those of unet, vae, text_encoder whose weights are needed.
 
     Raises:
         FileNotFoundError: a file is missing and cannot be had; the message names the files and a way out.
     """
     local = Path(path).expanduser()
+    if not local.exists():
+        local = ROOT / local  # an absolute path stays as it is
     if local.is_dir():
         _, missing = needed_files(folders, lambda file: (local / file).is_file())
         if missing:
@@ -75,10 +81,12 @@ def find_model(path: str, folders: Collection[str]) -> Path:
         return local
     names = [path, MOVED.get(path, path)]
     names = list(dict.fromkeys(ALIASES.get(name, name) for name in names))
-    if path.startswith((".", "/", "~")) or (path.count("/") != 1 and path not in ALIASES):
+    no_hub_name = path.startswith((".", "/", "~")) or path.split("/")[0] in PROJECT_FOLDERS
+    if no_hub_name or (path.count("/") != 1 and path not in ALIASES):
         raise FileNotFoundError(
-            f"There is no model folder {path!r} and it is no hub name: give an existing folder, owner/name, "
-            f"or one of the aliases {', '.join(ALIASES)} as `path`."
+            f"There is no model folder {path!r}, neither from the current folder nor from {str(ROOT)!r}, and "
+            "it is no hub name: give an existing folder, owner/name, or one of the aliases "
+            f"{', '.join(ALIASES)} as `path`."
         )
     for name in names:
         try:

@@ -80,6 +80,13 @@ def test_processes_share_the_images_of_an_evaluation_set_between_them(monkeypatc
     assert names == [["tiny-1-0", "tiny-1-2"], ["tiny-1-1"]]
 
 
+def test_a_set_with_fewer_images_than_processes_is_an_error_that_names_it(monkeypatch):
+    data = TinyDataModule()
+    monkeypatch.setattr(data, "rank_and_world_size", lambda: (0, 3))
+    with pytest.raises(ValueError, match="val set 'night' is too small: found 2 images for 3 processes"):
+        data.val_dataloader()
+
+
 def test_loaders_leave_the_global_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -1,5 +1,8 @@
 """Parameter groups, schedules per step, scores per set, and what a checkpoint holds, lacks and refuses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -9,6 +12,7 @@ from callbacks.checkpoints import Checkpoints
 from functional.classes import class_table
 from lightning_modules.base import parameter_groups
 from lightning_modules.schedules import WarmupPoly
+from lightning_modules.supervised import Supervised
 from tests.tiny_training import TinyDataModule, TinyNetwork, tiny_module, tiny_trainer
 
 
@@ -126,6 +130,24 @@ def test_two_processes_score_the_same_as_one(tmp_path):
         scores.append({name: value.item() for name, value in trainer.callback_metrics.items()})
     assert len(scores[0]) == 29
     assert scores[0] == pytest.approx(scores[1], nan_ok=True)
+
+
+@pytest.mark.parametrize("use", ["fit", "validate", "predict"])
+def test_a_network_of_other_classes_than_the_table_is_refused_at_the_first_batch(tmp_path, use):
+    network = TinyNetwork()
+    network.head = nn.Conv2d(8, 12, 1)
+    module, trainer = Supervised(network, "deliver11"), tiny_trainer(tmp_path, 1, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"12 classes, the table has 11\. Set model.*num_classes to 11"):
+        if use == "predict":
+            module.predict_step({"image": torch.rand(1, 3, 16, 16)}, 0)
+        else:
+            trainer.limit_val_batches = 1
+            getattr(trainer, use)(module, TinyDataModule())
+
+
+def test_a_module_that_checks_its_network_can_still_be_copied_and_pickled():
+    module = pickle.loads(pickle.dumps(copy.deepcopy(tiny_module())))
+    assert module(torch.rand(1, 3, 16, 16)).shape == (1, 11, 16, 16)
 
 
 def test_prediction_gives_the_class_of_every_pixel():

@@ -145,6 +145,22 @@ def test_without_the_hub_the_error_comes_at_once_and_says_what_to_do(tmp_path, m
         assert word in str(error.value)
 
 
+def test_a_relative_path_is_also_looked_for_at_the_root_of_the_project(folder, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "assets").mkdir()
+    folder.rename(tmp_path / "assets/mini")
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert StableDiffusion("assets/mini", parts=("unet",)).folder == tmp_path / "assets/mini"
+
+
+@pytest.mark.parametrize("path", ["assets/mini-difusion", "runs/model", "work/model"])
+def test_the_hub_is_never_asked_for_a_folder_of_the_project(path, monkeypatch):
+    monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=f"There is no model folder '{path}'.*it is no hub name"):
+        find_model(path, ["unet"])
+
+
 def put_in_cache(cache, name, model_folder):
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
