@@ -6,12 +6,15 @@ python -m benchmarks.mini_world --output benchmarks/results/mini_world.json
 import argparse
 import json
 import platform
+import re
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from callbacks.run_record import git_state
 from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import MODALITIES, render_street
 
@@ -31,6 +34,13 @@ def rate(draw, count: int, first: int) -> dict[str, float]:
     }
 
 
+def processor() -> str:
+    """The processor's name: of /proc/cpuinfo where there is one, else what Python knows."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,14 +52,18 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--count {args.count} measures nothing: give at least 1.")
     cv2.setNumThreads(0)
     kinds = {
-        "street, RGB + label, 128 px": lambda index: render_street("train", index),
-        "street, all sensors, 128 px": lambda index: render_street("train", index, sensors=MODALITIES),
-        "objects, 64 px": lambda index: render_objects("train", index),
+        "objects, 64 px": partial(render_objects, "train"),
+        "objects, 256 px": partial(render_objects, "train", size=256),
+        "street, RGB + label, 128 px": partial(render_street, "train"),
+        "street, RGB + label, 128 px, game": partial(render_street, "train", style="game"),
+        "street, all sensors, 128 px": partial(render_street, "train", sensors=MODALITIES),
+        "street, RGB + label, 256 px": partial(render_street, "train", size=256),
     }
     result = {
+        **git_state(Path(__file__).parent),
+        "processor": processor(),
         "numpy": np.__version__,
         "opencv": cv2.__version__,
-        "machine": platform.machine(),
         "scenes": args.count,
     }
     for name, draw in kinds.items():

@@ -11,7 +11,8 @@ from textwrap import wrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.mini_world.dataset import SMALLEST_SHARE, MiniObjectsDataset, MiniStreetDataset
+from datamodules.mini_world.captions import SMALLEST_SHARE
+from datamodules.mini_world.dataset import MiniObjectsDataset, MiniStreetDataset
 from datamodules.mini_world.objects import CATEGORIES, render_objects
 from datamodules.mini_world.street import CONDITIONS, render_street
 from functional.classes import DELIVER11, MINI_OBJECTS, ClassTable
@@ -43,9 +44,9 @@ def with_text(image: np.ndarray, text: str, lines: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def grid(tiles: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Set tiles [H, W, 3] of one size in rows, with a white gap between; the last row may be short."""
-    height, width = (side + GAP for side in tiles[0].shape[:2])
+def grid(tiles: Sequence[np.ndarray], columns: int, gap: int = GAP) -> np.ndarray:
+    """Set tiles [H, W, 3] of one size in rows, with a white gap behind each; the last row may be short."""
+    height, width = (side + gap for side in tiles[0].shape[:2])
     rows = -(-len(tiles) // columns)
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):
@@ -68,6 +69,7 @@ def legend(table: ClassTable, width: int) -> np.ndarray:
 
 
 def enlarge(image: np.ndarray, factor: int) -> np.ndarray:
+    """Repeat each pixel of [H, W, 3] a whole number of times in both directions."""
     return image.repeat(factor, 0).repeat(factor, 1)
 
 

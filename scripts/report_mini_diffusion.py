@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from callbacks.pictures import to_uint8
 from datamodules.mini_world.captions import object_caption
 from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import CONDITIONS, render_street
 from functional.classes import DELIVER11
 from lightning_modules.metrics import ConfusionMatrix
 from models.diffusion.stable_diffusion import StableDiffusion
+from scripts.gallery import enlarge, grid
 
 PROMPTS = (
     "a photo of a red car on grass",
@@ -36,11 +38,6 @@ PROMPTS = (
 )
 
 
-def grid(rows: list[list[np.ndarray]], scale: int = 1) -> np.ndarray:
-    """Rows of uint8 pictures of one size side by side, enlarged by a whole factor."""
-    return np.concatenate([np.concatenate(row, 1) for row in rows]).repeat(scale, 0).repeat(scale, 1)
-
-
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] pictures to [N, 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -48,7 +45,7 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
 
 def to_pictures(images: Tensor) -> list[np.ndarray]:
     """[N, 3, H, W] in [0, 1] to uint8 [H, W, 3] pictures."""
-    return list((images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    return [to_uint8(image) for image in images]
 
 
 def street_scenes(
@@ -174,7 +171,7 @@ def sample_grid(folder: Path, guidances: tuple[float, ...], seed: int, size: int
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    rows = []
+    tiles = []
     for guidance in tqdm(guidances, desc="samples"):
         images = pipeline(
             list(PROMPTS),
@@ -185,8 +182,8 @@ def sample_grid(folder: Path, guidances: tuple[float, ...], seed: int, size: int
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
         ).images
-        rows.append([(image * 255).round().astype(np.uint8) for image in images])
-    return grid(rows, scale=2)
+        tiles += [(image * 255).round().astype(np.uint8) for image in images]
+    return enlarge(grid(tiles, len(PROMPTS), gap=0), 2)
 
 
 def markdown(report: dict) -> str:
@@ -218,10 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     objects = to_tensor([render_objects("test", i)["rgb"] for i in range(args.scenes)])
     for kind, images in (("street", street), ("objects", objects)):
         report[f"autoencoder {kind}"], output = autoencoder_report(diffusion, images)
-        rows = [to_pictures(images[:10]), to_pictures(output[:10])]
-        Image.fromarray(grid(rows, scale=1 if kind == "street" else 2)).save(
-            args.output / f"autoencoder_{kind}.png"
-        )
+        tiles = to_pictures(torch.cat([images[:10], output[:10]]))
+        sheet = enlarge(grid(tiles, len(tiles) // 2, gap=0), 1 if kind == "street" else 2)
+        Image.fromarray(sheet).save(args.output / f"autoencoder_{kind}.png")
     for seed in tqdm(args.seeds, desc="probe"):
         untrained = StableDiffusion(str(args.model), untrained_seed=seed)
         report[f"probe trained seed {seed}"] = probe_report(diffusion, args.scenes, seed)

@@ -4,9 +4,9 @@
     python -m scripts.train_mini_diffusion --minutes 60 --stages unet --init-from assets/mini-diffusion
 
 Stages: `vae` (autoencoder on both kinds of scenes, the other sensors and label palettes), `unet` (U-Net and
-text encoder together on cached latents). State is saved every few minutes in --work; the same command goes on
-from it. The result is a folder in the layout of Stable Diffusion 1.x (diffusers): fp16 safetensors of the EMA
-weights.
+text encoder together on cached latents). State is saved every few minutes in --work; the same command goes
+on from it, and one that would train something else is refused. The stage `unet` writes the result: a folder
+in the layout of Stable Diffusion 1.x (diffusers) with fp16 safetensors of the EMA weights.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from functional.noise import add_noise
 from scripts.mini_diffusion.latents import cached_latents
 from scripts.mini_diffusion.layout import (
     build_text_encoder,
@@ -33,6 +34,7 @@ from scripts.mini_diffusion.layout import (
     save_pipeline,
 )
 from scripts.mini_diffusion.scenes import vae_images
+from scripts.mini_diffusion.state import check_states, identity, save_state
 
 SAVE_SECONDS = 180
 LOG_STEPS = 50
@@ -78,12 +80,21 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.requires_grad_(False).eval()
 
 
-def save_state(path: Path, state: dict) -> None:
-    """Write atomically: a kill in the middle leaves the previous state."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+def stage_minutes(args, stage: str) -> float:
+    """What --minutes leaves for a stage: all of it where it is the only one."""
+    share = args.vae_share if stage == "vae" else 1 - args.vae_share
+    return args.minutes * (share if len(set(args.stages)) > 1 else 1)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, so that a resumed training draws those it would have drawn."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def say_if_spent(clock: Clock, path: Path) -> None:
+    """Tell that nothing is left to train, which would else look like a training of no steps."""
+    if clock.share >= 1:
+        tqdm.write(f"{path} has spent its {clock.budget / 60:g} minutes: more --minutes train it further.")
 
 
 class Log:
@@ -128,7 +139,7 @@ def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
     vae = vae.to(args.device, memory_format=torch.channels_last).train()
     average = frozen_copy(vae).to(args.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    clock, step, state_path = Clock(args.minutes * 60 * args.vae_share), 0, work / "vae.pt"
+    clock, step, state_path = Clock(stage_minutes(args, "vae") * 60), 0, work / "vae.pt"
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
         vae.load_state_dict(state["vae"])
@@ -137,12 +148,14 @@ def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
         clock.spent, step = state["seconds"], state["step"]
     if "vae" not in args.stages:
         return average
+    trained = identity(args, "vae")
 
     def save():
         parts = {"vae": vae, "ema": average, "opt": optimizer}
         state = {name: part.state_dict() for name, part in parts.items()}
-        save_state(state_path, state | {"seconds": clock.seconds, "step": step})
+        save_state(state_path, state | {"seconds": clock.seconds, "step": step, "identity": trained})
 
+    say_if_spent(clock, state_path)
     if clock.share < 1:
         images = vae_images(work / "vae_images.npz")
         clock.started = time.monotonic()
@@ -152,7 +165,7 @@ def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
         image = images.crops(generator, batch=args.vae_batch, size=64).to(args.device).mul(2).sub(1)
         image = image.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(image).latent_dist
-        output = vae.decode(posterior.sample()).sample
+        output = vae.decode(posterior.sample(step_generator(args.seed, step))).sample
         loss = reconstruction_loss(output, image) + 1e-6 * posterior.kl().mean()
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(2e-3, step, clock.share, warmup=100)
@@ -216,10 +229,8 @@ def denoising_loss(unet, text_encoder, batch: dict, alpha_bars: Tensor, generato
     latent, tokens = batch["latent"], batch["tokens"]
     timestep = draw_timesteps(len(latent), generator).to(latent.device)
     noise = torch.randn(latent.shape, generator=generator).to(latent.device)
-    alpha_bar = alpha_bars[timestep].view(-1, 1, 1, 1)
-    noised = alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
+    noised = add_noise(latent, noise, alpha_bars[timestep]).contiguous(memory_format=torch.channels_last)
     context = text_encoder(tokens).last_hidden_state
-    noised = noised.contiguous(memory_format=torch.channels_last)
     return F.mse_loss(unet(noised, timestep, context).sample, noise)
 
 
@@ -253,7 +264,7 @@ def train_unet(
     averages = frozen_copy(unet).to(args.device), frozen_copy(text).to(args.device)
     parameters = [*unet.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    clock = Clock(args.minutes * 60 * (1 - args.vae_share if "vae" in args.stages else 1))
+    clock, trained = Clock(stage_minutes(args, "unet") * 60), identity(args, "unet")
     step, samples, state_path = 0, 0, work / "unet.pt"
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
@@ -264,16 +275,17 @@ def train_unet(
     def save():
         parts = zip(PARTS, (unet, text, *averages, optimizer), strict=True)
         state = {name: part.state_dict() for name, part in parts}
-        save_state(state_path, state | {"seconds": clock.seconds, "step": step, "samples": samples})
+        counts = {"seconds": clock.seconds, "step": step, "samples": samples}
+        save_state(state_path, state | counts | {"identity": trained})
 
+    say_if_spent(clock, state_path)
     latents = cached_latents(vae, tokenizer, work / "latents.pt", args.scenes, args.device)
     alpha_bars = DDIMScheduler.from_config(scheduler_config()).alphas_cumprod.to(args.device)
     clock.started = saved = time.monotonic()
     progress, running = tqdm(initial=step, desc="unet", unit="step", disable=None), []
     while clock.share < 1:
         batch = latents.batch(np.random.default_rng((args.seed, step)), args.batch, args.device)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        loss = denoising_loss(unet, text, batch, alpha_bars, generator)
+        loss = denoising_loss(unet, text, batch, alpha_bars, step_generator(args.seed, step))
         for group in optimizer.param_groups:
             group["lr"] = cosine_rate(args.lr, step, clock.share)
         optimizer.zero_grad(set_to_none=True)
@@ -316,7 +328,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("work/mini-diffusion/model"), help="folder of the result"
+        "--output",
+        type=Path,
+        default=Path("work/mini-diffusion/model"),
+        help="folder of the model, which the stage unet writes",
     )
     parser.add_argument(
         "--work", type=Path, default=Path("work/mini-diffusion"), help="folder of state and caches"
@@ -325,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=float, default=90, help="time for all stages, rendering not counted"
     )
     parser.add_argument("--stages", nargs="+", choices=("vae", "unet"), default=["vae", "unet"])
-    parser.add_argument("--vae-share", type=float, default=0.2, help="share of it for the stage vae")
+    parser.add_argument("--vae-share", type=float, default=0.2, help="share of it for vae before unet")
     parser.add_argument("--init-from", type=Path, help="a folder this script wrote: start from its weights")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -339,9 +354,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--batch", type=int, default=32, help="batch at 16x16 latents; a quarter of it at 32x32"
     )
     args = parser.parse_args(argv)
-    shares = {"vae": args.vae_share, "unet": 1 - args.vae_share if "vae" in args.stages else 1}
     for stage in args.stages:
-        if args.minutes * shares[stage] <= 0:
+        if stage_minutes(args, stage) <= 0:
             parser.error(
                 f"--minutes {args.minutes} --vae-share {args.vae_share} leaves the stage {stage} no time: "
                 "give more minutes, and a share above 0 and below 1."
@@ -355,23 +369,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_states(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     log = Log(args.work / "log.jsonl")
     tokenizer = build_tokenizer(args.work / "tokenizer")
     if "vae" in args.stages or args.init_from is None:
         vae = train_vae(args, args.work, log)
+        if "unet" not in args.stages:
+            return print(f"The autoencoder is in {args.work / 'vae.pt'}; --stages unet makes a model of it.")
         images = vae_images(args.work / "vae_images.npz")
         crops = images.crops(np.random.default_rng(args.seed), batch=512, size=64)
         normalise_latents(vae, crops.to(args.device))
     else:
         vae = AutoencoderKL.from_pretrained(args.init_from, subfolder="vae").to(args.device)
     vae = vae.requires_grad_(False).eval()
-    if "unet" in args.stages:
-        unet, text, record = train_unet(args, vae, tokenizer, args.work, log)
-    else:
-        unet, text = load_or_build(args, tokenizer)
-        record = {"steps": 0, "samples": 0, "seconds": 0}
+    unet, text, record = train_unet(args, vae, tokenizer, args.work, log)
     record |= {
         "seed": args.seed,
         "lr": args.lr,

@@ -19,6 +19,7 @@ CONDITION_PHRASES = {
     "rain": "in rain",
     "snow": "in snow",
 }
+SMALLEST_SHARE = 0.004  # of the picture that a class covers before a caption names it
 _FILLER = ("a", "an", "photo", "of", "street", "with", "and", "in", "on")
 _POLES_AND_SIGNS = ("tall", "short", "round", "triangular", "square")
 
@@ -38,6 +39,12 @@ VOCABULARY: tuple[str, ...] = tuple(
 )
 
 
+def named_classes(label: np.ndarray) -> list[str]:
+    """The classes of deliver11 that a caption of this label [H, W] names: those that can be seen well."""
+    share = np.bincount(label.ravel(), minlength=len(DELIVER11)) / label.size
+    return [name for name, part in zip(DELIVER11.names, share, strict=True) if part >= SMALLEST_SHARE]
+
+
 def street_caption(facts: dict, rng: np.random.Generator, present: Sequence[str]) -> str:
     """Describe a street scene or a crop of it.
 
@@ -47,7 +54,7 @@ def street_caption(facts: dict, rng: np.random.Generator, present: Sequence[str]
     Args:
         facts: "caption_facts" of render_street.
         rng: draws the form of the sentence.
-        present: names of the classes that are to be seen, best those that cover at least .4 % of the picture.
+        present: names of the classes that are to be seen, best those of named_classes.
     """
     condition = CONDITION_PHRASES[facts["condition"]]
     if not present:

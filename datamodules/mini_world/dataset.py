@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.mini_world.captions import object_caption, street_caption
+from datamodules.mini_world.captions import named_classes, object_caption, street_caption
 from datamodules.mini_world.objects import CATEGORIES, render_objects
 from datamodules.mini_world.scene import SPLITS, generator
 from datamodules.mini_world.street import CONDITIONS, MODALITIES, STYLES, render_street
-from functional.classes import DELIVER11
 
-SMALLEST_SHARE = 0.004  # of the picture that a class covers before a caption names it
 FARTHEST = 100.0  # metres at grey value 255 of a depth picture; 1 metre is 0
 
 
@@ -99,14 +97,12 @@ class MiniStreetDataset(RenderedDataset):
             image = np.rint(np.clip(np.log(image) / np.log(FARTHEST), 0, 1) * 255).astype(np.uint8)
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=2)
-        share = np.bincount(label.ravel(), minlength=len(DELIVER11)) / label.size
-        present = [name for name, part in zip(DELIVER11.names, share, strict=True) if part >= SMALLEST_SHARE]
         rng = generator(self.split, index, "caption")
         return {
             "image": image,
             "label": label,
             "name": f"street-{self.split}-{index:06d}-{scene['condition']}",
-            "caption": street_caption(scene["caption_facts"], rng, present),
+            "caption": street_caption(scene["caption_facts"], rng, named_classes(label)),
         }
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datamodules.mini_world.captions import object_caption, street_caption
-from datamodules.mini_world.dataset import SMALLEST_SHARE, MiniStreetDataset
+from datamodules.mini_world.captions import named_classes, object_caption, street_caption
+from datamodules.mini_world.dataset import MiniStreetDataset
 from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import render_street
 from functional.classes import DELIVER11
@@ -109,8 +109,7 @@ def captioned_street(index: int, captions: int) -> dict:
     image, label = scene["rgb"], scene["label"]
 
     def describe(part: np.ndarray) -> list[str]:
-        share = np.bincount(part.ravel(), minlength=len(DELIVER11)) / part.size
-        present = [name for name, s in zip(DELIVER11.names, share, strict=True) if s >= SMALLEST_SHARE]
+        present = named_classes(part)
         return [street_caption(scene["caption_facts"], rng, present) for _ in range(captions)]
 
     crops = []

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from functional.classes import DELIVER11
-from scripts.gallery import grid, legend, main, richest_scenes, with_text
+from scripts.gallery import enlarge, grid, legend, main, richest_scenes, with_text
 
 
 def test_the_command_writes_four_sheets_small_enough_to_commit(tmp_path, capsys):
@@ -35,6 +35,14 @@ def test_tiles_fill_rows_from_the_left():
     tiles = [np.full((2, 3, 3), value, np.uint8) for value in (1, 2, 3)]
     sheet = grid(tiles, 2)
     assert sheet[0, 0, 0] == 1 and sheet[0, 7, 0] == 2 and sheet[6, 0, 0] == 3 and sheet[6, 7, 0] == 255
+
+
+def test_tiles_without_a_gap_touch_and_each_pixel_is_enlarged():
+    tiles = [np.full((2, 3, 3), 10 * (i // 2) + i % 2, np.uint8) for i in range(6)]
+    assert grid(tiles, 2, gap=0).shape == (6, 6, 3)
+    large = enlarge(grid(tiles, 2, gap=0), 2)
+    assert large.shape == (12, 12, 3)
+    assert large[0, 0, 0] == 0 and large[0, 6, 0] == 1 and large[4, 0, 0] == 10 and large[11, 11, 0] == 21
 
 
 def test_a_text_that_does_not_fit_below_its_picture_is_an_error():

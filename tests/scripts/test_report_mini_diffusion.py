@@ -11,7 +11,6 @@ from models.diffusion.stable_diffusion import StableDiffusion
 from scripts.report_mini_diffusion import (
     autoencoder_report,
     caption_losses,
-    grid,
     linear_probe,
     main,
     markdown,
@@ -34,14 +33,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def diffusion(folder):
     return StableDiffusion(str(folder), parts=PARTS)
-
-
-def test_a_grid_places_rows_from_the_left_and_enlarges_each_pixel():
-    tiles = [[np.full((2, 3, 3), 10 * row + column, np.uint8) for column in range(2)] for row in range(3)]
-    assert grid(tiles).shape == (6, 6, 3)
-    large = grid(tiles, scale=2)
-    assert large.shape == (12, 12, 3)
-    assert large[0, 0, 0] == 0 and large[0, 6, 0] == 1 and large[4, 0, 0] == 10 and large[11, 11, 0] == 21
 
 
 def test_pictures_become_images_and_pictures_again():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from functional.fingerprint import weights_sha256
 from scripts.mini_diffusion.layout import build_tokenizer
-from scripts.train_mini_diffusion import load_or_build, main, parse_args
+from scripts.train_mini_diffusion import load_or_build, main, parse_args, reconstruction_loss
 from tests.small_diffusion import StepClock, few_images, few_scenes, small_unet, small_vae
 
 
@@ -71,16 +71,71 @@ def test_an_option_changes_the_weights_that_depend_on_it(usual, tmp_path, words,
 def test_the_number_of_threads_is_the_one_that_is_asked_for(tmp_path):
     before = torch.get_num_threads()
     try:
-        train(tmp_path, "--stages", "vae", "--threads", str(before + 1))
+        train(tmp_path, "--threads", str(before + 1))
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
 
 
-def test_the_stage_vae_alone_trains_the_same_autoencoder_and_no_unet(usual, tmp_path):
-    found = train(tmp_path, "--stages", "vae")
-    assert found["vae"] == usual["vae"] and found["unet"] != usual["unet"]
-    assert found["record"]["steps"] == 0 < usual["record"]["steps"]
+def test_the_stage_vae_alone_takes_all_of_the_time_and_saves_no_model(usual, tmp_path, capsys):
+    arguments = ["--vae-batch", "2", "--work", str(tmp_path), "--output", str(tmp_path / "model")]
+    main([*arguments, "--stages", "vae", "--minutes", "0.1"])  # the share of the usual run
+    assert str(tmp_path / "vae.pt") in capsys.readouterr().out
+    assert not (tmp_path / "model").exists() and not (tmp_path / "unet.pt").exists()
+    assert train(tmp_path, "--stages", "unet", "--minutes", "0.15")["vae"] == usual["vae"]
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "message"),
+    [
+        ("--seed 1", "vae.pt", "--seed was 0 and is 1"),
+        ("--vae-batch 3", "vae.pt", "--vae-batch was 2 and is 3"),
+        ("--stages unet --lr 0.01", "unet.pt", "--lr was 0.001 and is 0.01"),
+        ("--stages unet --batch 8", "unet.pt", "--batch was 4 and is 8"),
+        ("--init-from MODEL", "vae.pt", "--init-from was None and is weights with sha256 "),
+        ("--stages unet --init-from MODEL", "unet.pt", "--init-from was None and is weights with sha256 "),
+    ],
+)
+def test_the_state_of_another_training_is_refused_and_kept(work, usual, tmp_path, words, file, message):
+    shutil.copytree(work, tmp_path / "work")
+    model = tmp_path / "work" / "model"
+    before = {path: path.read_bytes() for path in (tmp_path / "work").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"{file} holds .*{message}.*another --work, delete"):
+        train(tmp_path / "work", *words.replace("MODEL", str(model)).split())
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_state_of_a_start_from_other_weights_is_refused(work, usual, tmp_path):
+    start = ["--stages", "unet", "--init-from", str(tmp_path / "model")]
+    shutil.copytree(work / "model", tmp_path / "model")
+    train(tmp_path / "work", *start)
+    train(tmp_path / "work", *start, "--minutes", "0.5")  # the same weights go on
+    shutil.copy(
+        work / "model/vae/diffusion_pytorch_model.safetensors",
+        tmp_path / "model/unet/diffusion_pytorch_model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"--init-from was weights with sha256 \w+ and is weights"):
+        train(tmp_path / "work", *start)
+
+
+def test_a_state_whose_time_is_spent_says_so_and_more_minutes_go_on(work, usual, tmp_path, capsys):
+    shutil.copytree(work, tmp_path / "work")
+    capsys.readouterr()
+    assert train(tmp_path / "work")["unet"] == usual["unet"]
+    printed = capsys.readouterr().out
+    assert "vae.pt has spent its 0.1 minutes: more --minutes" in printed
+    assert "unet.pt has spent its 0.15 minutes: more --minutes" in printed
+    assert train(tmp_path / "work", "--minutes", "1")["record"]["steps"] > usual["record"]["steps"]
+    assert "has spent" not in capsys.readouterr().out
+
+
+def test_the_autoencoder_does_not_depend_on_what_else_draws_random_numbers(usual, tmp_path, monkeypatch):
+    def drawing(output, image):
+        torch.rand(1)
+        return reconstruction_loss(output, image)
+
+    monkeypatch.setattr("scripts.train_mini_diffusion.reconstruction_loss", drawing)
+    assert train(tmp_path) == usual
 
 
 def test_the_stage_unet_goes_on_and_leaves_the_autoencoder_as_it_is(work, usual, tmp_path):

@@ -3,10 +3,18 @@ import re
 import numpy as np
 import pytest
 
-from datamodules.mini_world.captions import CONDITION_PHRASES, VOCABULARY, object_caption, street_caption
+from datamodules.mini_world.captions import (
+    CONDITION_PHRASES,
+    VOCABULARY,
+    named_classes,
+    object_caption,
+    street_caption,
+)
+from datamodules.mini_world.dataset import MiniStreetDataset
 from datamodules.mini_world.objects import BACKGROUNDS, render_objects
 from datamodules.mini_world.street import render_street
 from functional.classes import DELIVER11
+from scripts.mini_diffusion.scenes import captioned_street
 
 FACTS = {"condition": "night", "attributes": {"car": "red", "person": "blue", "traffic sign": "round"}}
 TWO_OBJECTS = {"objects": [("mug", "red"), ("umbrella", "orange")], "background": "grass"}
@@ -85,3 +93,16 @@ def test_three_objects_are_joined_by_a_comma_and_an_and():
     facts = {"objects": [("mug", "red"), ("cat", "blue"), ("star", "pink")], "background": "sand"}
     captions = many(lambda rng: object_caption(facts, rng))
     assert "a photo of a mug, a blue cat and a star on sand" in captions
+
+
+def test_a_caption_names_the_classes_that_cover_four_thousandths_of_the_picture():
+    label = np.full(1000, DELIVER11.names.index("road"), np.uint8)
+    label[:4], label[4:7] = DELIVER11.names.index("car"), DELIVER11.names.index("pole")
+    assert named_classes(label.reshape(20, 50)) == ["road", "car"]
+
+
+def test_datasets_and_the_training_of_the_mini_diffusion_name_classes_by_one_rule(monkeypatch):
+    monkeypatch.setattr("datamodules.mini_world.captions.SMALLEST_SHARE", 2)  # no class is as large
+    street = [MiniStreetDataset("train", 5)[i]["caption"] for i in range(5)]
+    crops = [text for crop in captioned_street(3, 4)["crops"] for text in crop[1]]
+    assert all(text.startswith("a photo of a street ") for text in street + crops)
