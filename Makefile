@@ -19,11 +19,13 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python train.py --config conf/mini/supervised_street.yaml --output $(DEMO) --overwrite
 	$(BIN)/python test.py $(DEMO)
+	$(BIN)/python -m scripts.curves $(DEMO)
 	$(BIN)/python -m scripts.demo_images --output $(DEMO)/images
 	$(BIN)/python predict.py $(DEMO) --input $(DEMO)/images --output $(DEMO)/predictions
 	@echo && cat $(DEMO)/test/own-best/metrics.md
 	@echo && echo "Pictures:"
-	@ls -d $(DEMO)/test/own-best/pictures/*.png $(DEMO)/predictions/*.png
+	@ls $(DEMO)/pictures/curves.png $(DEMO)/test/own-best/pictures/confusion-*.png $(DEMO)/predictions/*overlay.png
+	@echo "and more in $(DEMO)/pictures, $(DEMO)/test/own-best/pictures and $(DEMO)/predictions (legend.png)"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not cuda"
