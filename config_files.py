@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -34,8 +35,10 @@ def set_environment() -> None:
     # What Lightning says to every user of a frozen network, of torch 2.13, and of no other logger.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    rank_zero.addFilter(lambda record: "litlogger" not in record.getMessage())
+    # The seed stands in run.json; in front of an error it would be a line that explains nothing.
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.seed"):
+        said_to_all = logging.getLogger(f"lightning.{name}")
+        said_to_all.addFilter(lambda record: not re.search("litlogger|^Seed set to", record.getMessage()))
 
 
 def nearest(name: str, valid) -> str | None:

@@ -11,6 +11,8 @@ import csv
 import re
 from pathlib import Path
 
+from config_files import UsageError, short_errors
+
 PANELS = {  # title and columns, as a regular expression
     "training loss": r"train/loss.*",
     "learning rate": r"lr-.*",
@@ -23,11 +25,11 @@ def read_metrics(run: Path) -> dict[str, Series]:
     """Steps and values of each column of a run's metrics.csv, without the rows that lack its value."""
     path = run / "metrics.csv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give folders that train.py wrote (its --output).")
+        raise UsageError(f"{path} is missing: give folders that train.py wrote (its --output).")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
-        raise ValueError(f"{path} has no rows: the run ended before its first logged step.")
+        raise UsageError(f"{path} has no rows: the run ended before its first logged step.")
     known = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in rows[0]}
     return {name: tuple(zip(*pairs, strict=True)) for name, pairs in known.items() if pairs}
 
@@ -36,12 +38,12 @@ def draw(runs: dict[str, dict[str, Series]], output: Path) -> None:
     """Write the picture of runs, given by the name that it shows: a panel for each kind of curve.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        UsageError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure  # without pyplot it draws by Agg, whatever the display
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('Curves need matplotlib: pip install -e ".[demo]"') from error
+        raise UsageError('Curves need matplotlib: pip install -e ".[demo]"') from error
     figure, alone = Figure((15, 4.5), layout="constrained"), len(runs) == 1
     for axes, (title, pattern) in zip(figure.subplots(1, 3, sharex=True), PANELS.items(), strict=True):
         for i, (run, metrics) in enumerate(runs.items()):
@@ -76,4 +78,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with short_errors():
+        main()

@@ -10,22 +10,22 @@ import json
 import statistics
 from pathlib import Path
 
+from config_files import UsageError, short_errors
+
 
 def read_scores(folder: Path) -> dict[str, float]:
     """mIoU in percent by set, and their "mean".
 
     Raises:
-        FileNotFoundError: the folder holds no scores.
-        ValueError: its scores are those of a validation.
+        UsageError: the folder holds no scores.
+        UsageError: its scores are those of a validation.
     """
     path = folder / "metrics.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: give folders that test.py wrote, such as RUN/test/own-best."
-        )
+        raise UsageError(f"{path} is missing: give folders that test.py wrote, such as RUN/test/own-best.")
     stages = json.loads(path.read_text("utf-8"))
     if "test" not in stages:
-        raise ValueError(
+        raise UsageError(
             f"{path} holds no test scores, found {', '.join(stages)}: give folders that test.py wrote, such "
             "as RUN/test/own-best."
         )
@@ -37,14 +37,14 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown with a column per set; a cell is the mean over runs, and the sample deviation of several.
 
     Raises:
-        ValueError: the runs were scored on different sets.
+        UsageError: the runs were scored on different sets.
     """
     columns = list(next(iter(rows.values()))[0])
     lines = [f"| mIoU (%) | runs | {' | '.join(columns)} |", "|" + "--|" * (len(columns) + 2)]
     for name, runs in rows.items():
         for scores in runs:
             if list(scores) != columns:
-                raise ValueError(
+                raise UsageError(
                     f"{name!r} has the sets {list(scores)}, the first row {columns}: score all on the same."
                 )
         cells = []
@@ -78,4 +78,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with short_errors():
+        main()

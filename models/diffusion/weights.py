@@ -100,22 +100,21 @@ def find_model(path: str, folders: Collection[str]) -> Path:
 
 def download_model(path: str, name: str, folders: Collection[str]) -> Path:
     """Download from the hub what `folders` need and nothing else; errors as in find_model, within seconds."""
-    files = ", ".join(needed_files(folders, lambda file: False)[1])
+    files = ", ".join(WEIGHTS[folder][0] for folder in folders)
     aliases = ", ".join(f"{alias} ({repository})" for alias, repository in ALIASES.items())
     way_out = (
-        f"Put a folder with {files} on this machine and give it as `path`, or let a machine with network run "
-        f"`hf download {name}` into a shared HF_HOME. Aliases of the repositories that exist: {aliases}."
+        f"Give as `path` a local model folder (with {files}, their configs, scheduler and tokenizer), or run "
+        f"`hf download {name}` where there is a network, into a shared HF_HOME.\nAliases: {aliases}."
     )
+    absent = f"There is no folder {path!r}, nor a copy of it in the local hub cache"
     if is_offline_mode():
-        raise FileNotFoundError(
-            f"{path!r} is not in the local hub cache and HF_HUB_OFFLINE is set. {way_out}"
-        )
+        raise FileNotFoundError(f"{absent}, and HF_HUB_OFFLINE is set.\n{way_out}")
     try:
         listing = HfApi().model_info(name, timeout=HUB_TIMEOUT_S).siblings
     except Exception as error:  # every kind of network failure ends in the same way out
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileNotFoundError(
-            f"{path!r} is not in the local hub cache and the hub did not give {name!r} ({reason}). {way_out}"
+            f"{absent}, and the hub did not give {name!r} ({reason}).\n{way_out}"
         ) from error
     on_hub = {file.rfilename for file in listing}
     files, missing = needed_files(folders, on_hub.__contains__)

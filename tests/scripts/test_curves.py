@@ -4,6 +4,7 @@ import sys
 import pytest
 from PIL import Image
 
+from config_files import UsageError
 from scripts.curves import PANELS, main, read_metrics
 
 HEADER = "step,lr-AdamW,train/loss,val/day/IoU/road,val/day/mIoU,val/mIoU,val/night/mIoU\n"
@@ -72,17 +73,17 @@ def test_several_runs_without_output_are_refused(run, capsys):
 
 
 def test_a_folder_without_metrics_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"metrics\.csv is missing: give folders"):
+    with pytest.raises(UsageError, match=r"metrics\.csv is missing: give folders"):
         main([str(tmp_path)])
 
 
 def test_metrics_without_a_row_are_refused(tmp_path):
     (tmp_path / "metrics.csv").write_text(HEADER)
-    with pytest.raises(ValueError, match="has no rows"):
+    with pytest.raises(UsageError, match="has no rows"):
         main([str(tmp_path)])
 
 
 def test_a_missing_matplotlib_is_said_with_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=re.escape('pip install -e ".[demo]"')):
+    with pytest.raises(UsageError, match=re.escape('pip install -e ".[demo]"')):
         main([str(run)])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from config_files import UsageError
 from scripts.table import main, table
 
 
@@ -23,13 +24,13 @@ def test_a_row_holds_mean_and_deviation_over_its_runs(tmp_path, capsys):
 
 
 def test_runs_scored_on_other_sets_are_not_averaged():
-    with pytest.raises(ValueError, match="score all on the same"):
+    with pytest.raises(UsageError, match="score all on the same"):
         table({"a": [{"day": 1.0}], "b": [{"night": 1.0}]})
 
 
 def test_scores_of_a_validation_are_not_taken_for_test_scores(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"val": {"sets": {}, "mean": {}}}))
-    with pytest.raises(ValueError, match="no test scores, found val"):
+    with pytest.raises(UsageError, match="no test scores, found val"):
         main(["--row", "x", str(tmp_path)])
 
 
@@ -44,5 +45,5 @@ def test_a_row_without_folders_or_given_twice_is_refused(words, message, capsys)
 
 
 def test_a_folder_without_result_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"test\.py wrote"):
+    with pytest.raises(UsageError, match=r"test\.py wrote"):
         main(["--row", "x", str(tmp_path)])
