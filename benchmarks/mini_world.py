@@ -4,9 +4,6 @@ python -m benchmarks.mini_world --output benchmarks/results/mini_world.json
 """
 
 import argparse
-import json
-import platform
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from callbacks.run_record import git_state
+from benchmarks.record import provenance, report
 from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import MODALITIES, render_street
 
@@ -32,13 +29,6 @@ def rate(draw, count: int, first: int) -> dict[str, float]:
         "wall_per_s": round(count / (time.perf_counter() - wall), 1),
         "cpu_per_s": round(count / (time.process_time() - cpu), 1),
     }
-
-
-def processor() -> str:
-    """The processor's name: of /proc/cpuinfo where there is one, else what Python knows."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,8 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         "street, RGB + label, 256 px": partial(render_street, "train", size=256),
     }
     result = {
-        **git_state(Path(__file__).parent),
-        "processor": processor(),
+        **provenance(),
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "scenes": args.count,
@@ -69,11 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, draw in kinds.items():
         rate(draw, 20, first=0)  # fills the noise bank
         result[name] = rate(draw, args.count, first=1000)
-    text = json.dumps(result, indent=2) + "\n"
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
-    print(text)
+    report(result, args.output)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ neighbouring steps. On a CUDA device the U-Net's forward is also timed with both
 
 import argparse
 import copy
-import json
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from lightning.pytorch import Callback
 from tqdm import tqdm
 
+from benchmarks.record import provenance, report
 from cli import SegmentationCLI
 from datamodules.base import SegmentationDataModule
 from models.diffusion.stable_diffusion import StableDiffusion
@@ -152,10 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"--pairs {args.pairs} --warmup {args.warmup}: quartiles need at least 2 pairs, after 0 or more."
         )
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     result = {
         "config": str(args.config),
-        "commit": head.stdout.strip(),
+        **provenance(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -163,11 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if torch.cuda.is_available():
         result["attention_s"] = measure_attention(args.model, repeats=50)
-    text = json.dumps(result, indent=2) + "\n"
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
-    print(text)
+    report(result, args.output)
 
 
 if __name__ == "__main__":

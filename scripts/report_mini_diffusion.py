@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from callbacks.pictures import to_uint8
+from callbacks.run_record import write_atomically
 from datamodules.mini_world.captions import object_caption
 from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import CONDITIONS, render_street
@@ -224,8 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         report[f"probe untrained seed {seed}"] = probe_report(untrained, args.scenes, seed)
     report["captions"] = caption_losses(diffusion, args.scenes * 2, (150, 350, 550, 750), args.seeds[0])
     Image.fromarray(sample_grid(args.model, (1.0, 4.0, 7.5), args.seeds[0])).save(args.output / "samples.png")
-    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.output / "report.md").write_text(markdown(report))
+    write_atomically(args.output / "report.json", json.dumps(report, indent=2) + "\n")
+    write_atomically(args.output / "report.md", markdown(report))
     print(markdown(report))
 
 

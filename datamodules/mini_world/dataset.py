@@ -1,5 +1,6 @@
 """The mini world as datasets: street scenes of one sensor and style, and object scenes, drawn on demand."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from datamodules.mini_world.street import CONDITIONS, MODALITIES, STYLES, render
 FARTHEST = 100.0  # metres at grey value 255 of a depth picture; 1 metre is 0
 
 
-class RenderedDataset(Dataset):
+class RenderedDataset(Dataset, ABC):
     """Samples {"image": uint8 [S, S, 3], "label": uint8 [S, S], "name": str, "caption": str}.
 
     A sample is drawn when it is first asked for and then kept in memory (four bytes a pixel), so that later
@@ -48,9 +49,9 @@ class RenderedDataset(Dataset):
             self.kept[item] = self.render(self.offset + item)
         return dict(self.kept[item])
 
+    @abstractmethod
     def render(self, index: int) -> dict:
         """Draw the sample of this scene."""
-        raise NotImplementedError
 
 
 class MiniStreetDataset(RenderedDataset):

@@ -4,7 +4,8 @@ import time
 import cv2
 import pytest
 
-from benchmarks.mini_world import main, processor, rate
+from benchmarks.mini_world import main, rate
+from benchmarks.record import processor
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_the_result_names_commit_processor_and_what_each_kind_draws(tmp_path, op
             lambda split, index, kind=kind, **options: drawn.append((kind, str(options))),
         )
     monkeypatch.setattr("benchmarks.mini_world.rate", lambda draw, count, first: draw(first))
-    monkeypatch.setattr("benchmarks.mini_world.git_state", lambda folder: {"commit": "abc", "dirty": False})
+    monkeypatch.setattr("benchmarks.record.git_state", lambda folder: {"commit": "abc", "dirty": False})
     main(["--output", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["commit"] == "abc" and not result["dirty"]
