@@ -13,18 +13,15 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from functional.noise import add_noise
 from scripts.mini_diffusion.latents import cached_latents
 from scripts.mini_diffusion.layout import (
     build_text_encoder,
@@ -33,82 +30,28 @@ from scripts.mini_diffusion.layout import (
     build_vae,
     save_pipeline,
 )
+from scripts.mini_diffusion.loop import (
+    LOG_STEPS,
+    SAVE_SECONDS,
+    Clock,
+    Log,
+    cosine_rate,
+    denoising_loss,
+    frozen_copy,
+    say_if_spent,
+    step_generator,
+    update_ema,
+)
 from scripts.mini_diffusion.scenes import vae_images
-from scripts.mini_diffusion.state import check_states, identity, save_state
+from scripts.mini_diffusion.state import check_state, identity, save_state
 
-SAVE_SECONDS = 180
-LOG_STEPS = 50
 PARTS = ("unet", "text", "ema_unet", "ema_text", "opt")
-
-
-@dataclass
-class Clock:
-    """Seconds of one stage, over all of its runs; the learning rate follows their share of the budget."""
-
-    budget: float
-    spent: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        """Spent in earlier runs and in this one."""
-        return self.spent + time.monotonic() - self.started
-
-    @property
-    def share(self) -> float:
-        """Spent part of the budget, at most 1."""
-        return min(self.seconds / self.budget, 1.0)
-
-
-def cosine_rate(base: float, step: int, share: float, warmup: int = 150, floor: float = 0.05) -> float:
-    """Linear warm-up over steps, then cosine from `base` to `floor` * base over the spent share of time."""
-    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-    return base * cosine * min(1.0, (step + 1) / warmup)
-
-
-@torch.no_grad()
-def update_ema(average: nn.Module, live: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * live; of parameters only, as no part keeps statistics."""
-    torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy that takes no gradient: where the moving average lives."""
-    kind = type(module)
-    copy = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
-    copy.load_state_dict(module.state_dict())
-    return copy.requires_grad_(False).eval()
 
 
 def stage_minutes(args, stage: str) -> float:
     """What --minutes leaves for a stage: all of it where it is the only one."""
     share = args.vae_share if stage == "vae" else 1 - args.vae_share
     return args.minutes * (share if len(set(args.stages)) > 1 else 1)
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step, so that a resumed training draws those it would have drawn."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def say_if_spent(clock: Clock, path: Path) -> None:
-    """Tell that nothing is left to train, which would else look like a training of no steps."""
-    if clock.share >= 1:
-        tqdm.write(f"{path} has spent its {clock.budget / 60:g} minutes: more --minutes train it further.")
-
-
-class Log:
-    """One JSON object a line, printed as well."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-
-    def __call__(self, **values) -> None:
-        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
-        tqdm.write(line)
-        with self.path.open("a") as file:
-            file.write(line + "\n")
 
 
 # ------------------------------------------------------------------------------------------------ autoencoder
@@ -210,30 +153,6 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
 # --------------------------------------------------------------------------------------------- U-Net and text
 
 
-def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """Stratified timesteps [B]: half of them over 0..999, half over 200..899, where the layout is decided."""
-    half = batch // 2
-    rest = batch - half
-    whole = (torch.arange(rest) + torch.rand(rest, generator=generator)) / rest * 1000
-    middle = (torch.arange(half) + torch.rand(half, generator=generator)) / half * 700 + 200
-    return torch.cat([whole, middle]).long()
-
-
-def denoising_loss(unet, text_encoder, batch: dict, alpha_bars: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted noise (DDPM, arXiv 2006.11239, eq. 14).
-
-    Args:
-        batch: "latent" [B, 4, h, w] and "tokens" [B, tokens].
-        alpha_bars: [1000].
-    """
-    latent, tokens = batch["latent"], batch["tokens"]
-    timestep = draw_timesteps(len(latent), generator).to(latent.device)
-    noise = torch.randn(latent.shape, generator=generator).to(latent.device)
-    noised = add_noise(latent, noise, alpha_bars[timestep]).contiguous(memory_format=torch.channels_last)
-    context = text_encoder(tokens).last_hidden_state
-    return F.mse_loss(unet(noised, timestep, context).sample, noise)
-
-
 def load_or_build(args, tokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """U-Net and text encoder in float32: random under the seed, or those of --init-from.
 
@@ -263,7 +182,7 @@ def train_unet(
     text = text.to(args.device).train()
     averages = frozen_copy(unet).to(args.device), frozen_copy(text).to(args.device)
     parameters = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     clock, trained = Clock(stage_minutes(args, "unet") * 60), identity(args, "unet")
     step, samples, state_path = 0, 0, work / "unet.pt"
     if state_path.exists():
@@ -347,7 +266,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of U-Net and text encoder")
     parser.add_argument(
-        "--scenes", type=int, default=12000, help="scenes of each kind whose latents are cached"
+        "--scenes",
+        type=int,
+        default=40000,
+        help="object scenes in the cache; street crops a quarter as many, whole streets a sixteenth",
     )
     parser.add_argument("--vae-batch", type=int, default=8)
     parser.add_argument(
@@ -369,7 +291,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_states(args)
+    for stage in args.stages:
+        check_state(args, stage)
     if args.threads:
         torch.set_num_threads(args.threads)
     log = Log(args.work / "log.jsonl")

@@ -1,1 +1,1 @@
-"""The parts of scripts/train_mini_diffusion.py."""
+"""The parts of the scripts that train the mini diffusion model and its ControlNets."""

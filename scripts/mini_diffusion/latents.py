@@ -1,5 +1,6 @@
 """Latents and token ids of the training scenes, computed once: the U-Net's training never sees a picture."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from functional.fingerprint import weights_sha256
-from scripts.mini_diffusion.scenes import captioned_scenes
+from scripts.mini_diffusion.scenes import captioned_scenes, labelled_scenes
+from scripts.mini_diffusion.state import save_state
 
-WHOLE_SHARE = 0.25  # of the batches
+WHOLE_SHARE = 0.1  # of the batches
+OBJECT_SHARE = 0.75  # of the other batches
 
 
 @dataclass
@@ -25,13 +28,14 @@ class Latents:
     def batch(self, generator: np.random.Generator, batch: int, device: str) -> dict:
         """A batch of one resolution: "latent" [B, 4, h, w] float32 and "tokens" [B, tokens].
 
-        A quarter of the batches are whole street scenes (a quarter as many), the others objects and street
-        crops. One caption in ten is empty: classifier-free guidance needs it (arXiv 2207.12598, algorithm 1).
+        One batch in ten holds whole street scenes (a quarter as many), the others three objects for a street
+        crop: on objects alone a caption tells what the noised picture does not. One caption in ten is empty:
+        classifier-free guidance needs it (arXiv 2207.12598, algorithm 1).
         """
         if generator.random() < WHOLE_SHARE:
             parts = {"whole": max(batch // 4, 1)}
         else:
-            objects = round(0.6 * batch)
+            objects = round(OBJECT_SHARE * batch)
             parts = {"objects": objects, "crops": batch - objects}
         latent, tokens = [], []
         for kind, count in parts.items():
@@ -44,7 +48,7 @@ class Latents:
         return {"latent": latent.to(device), "tokens": tokens.to(device)}
 
 
-def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
+def tokenize(tokenizer, captions: Sequence[Sequence[str]]) -> Tensor:
     """Token ids [N, captions, tokens] as int16.
 
     Raises:
@@ -62,7 +66,7 @@ def tokenize(tokenizer, captions: list[list[str]]) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae, pictures: list[np.ndarray], device: str, batch: int = 64) -> Tensor:
+def encode(vae, pictures: Sequence[np.ndarray], device: str, batch: int = 64) -> Tensor:
     """Posterior means [N, 4, h, w] in fp16."""
     latents = []
     for start in tqdm(range(0, len(pictures), batch), desc="latents", unit="batch"):
@@ -72,19 +76,63 @@ def encode(vae, pictures: list[np.ndarray], device: str, batch: int = 64) -> Ten
     return torch.cat(latents) * vae.config.scaling_factor
 
 
-def cached_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> Latents:
-    """Encode the training scenes, or read them from `path` if they were made by the same autoencoder."""
-    key = f"{weights_sha256(vae)} {scenes} {len(tokenizer)}"
+def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
+    """What `path` holds, if it was stored under this key; else what make() returns, stored there."""
     if path.exists():
         stored = torch.load(path, weights_only=True)
         if stored.pop("key") == key:
-            return Latents(**stored)
-    latent, tokens = {}, {}
-    for kind, pairs in captioned_scenes(scenes).items():
-        latent[kind] = encode(vae, [picture for picture, _ in pairs], device)
-        tokens[kind] = tokenize(tokenizer, [captions for _, captions in pairs])
-    stored = {"latent": latent, "tokens": tokens, "empty": tokenize(tokenizer, [[""]])[0, 0]}
-    temporary = path.with_suffix(".tmp")
-    torch.save(stored | {"key": key}, temporary)
-    temporary.replace(path)
-    return Latents(**stored)
+            return stored
+    stored = make()
+    save_state(path, stored | {"key": key})
+    return stored
+
+
+def cached_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> Latents:
+    """Encode the training scenes, or read them from `path` if they were made by the same autoencoder."""
+
+    def make() -> dict:
+        latent, tokens = {}, {}
+        for kind, pairs in captioned_scenes(scenes).items():
+            latent[kind] = encode(vae, [picture for picture, _ in pairs], device)
+            tokens[kind] = tokenize(tokenizer, [captions for _, captions in pairs])
+        return {"latent": latent, "tokens": tokens, "empty": tokenize(tokenizer, [[""]])[0, 0]}
+
+    return Latents(**cached(path, f"{weights_sha256(vae)} {scenes} {len(tokenizer)}", make))
+
+
+@dataclass
+class LabelledLatents:
+    """Object scenes: latents [N, 4, h, w] (fp16), token ids [N, captions, tokens], uint8 labels [N, H, W]."""
+
+    latent: Tensor
+    tokens: Tensor
+    label: Tensor
+    empty: Tensor  # the tokens of the empty caption
+
+    def batch(self, generator: np.random.Generator, batch: int, empty_share: float, device: str) -> dict:
+        """A batch: "latent" [B, 4, h, w] float32, "tokens" [B, tokens], "label" [B, H, W] int64.
+
+        Args:
+            empty_share: share of the captions that are empty, on average.
+        """
+        chosen = torch.from_numpy(generator.integers(len(self.latent), size=batch))
+        caption = torch.from_numpy(generator.integers(self.tokens.shape[1], size=batch))
+        tokens = self.tokens[chosen, caption].long()
+        tokens[torch.from_numpy(generator.random(batch) < empty_share)] = self.empty.long()
+        parts = {"latent": self.latent[chosen].float(), "tokens": tokens, "label": self.label[chosen].long()}
+        return {name: part.to(device) for name, part in parts.items()}
+
+
+def cached_labelled_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> LabelledLatents:
+    """Encode the object scenes, or read them from `path` if they were made by the same autoencoder."""
+
+    def make() -> dict:
+        pictures, captions, labels = zip(*labelled_scenes(scenes), strict=True)
+        return {
+            "latent": encode(vae, pictures, device),
+            "tokens": tokenize(tokenizer, captions),
+            "label": torch.from_numpy(np.stack(labels)),
+            "empty": tokenize(tokenizer, [[""]])[0, 0],
+        }
+
+    return LabelledLatents(**cached(path, f"{weights_sha256(vae)} {scenes} {len(tokenizer)}", make))

@@ -19,7 +19,8 @@ from functional.classes import DELIVER11
 
 STREET_SCENES, SENSOR_SCENES, OBJECT_SCENES = 3000, 600, 6000
 STYLES = ("real", "game")
-CROP, CAPTIONS = 64, 4  # side of a street crop; captions of each picture
+CROP = 64  # side of a street crop
+OBJECT_CAPTIONS, STREET_CAPTIONS = 8, 4  # of each picture
 
 
 def street_picture(index: int) -> np.ndarray:
@@ -92,10 +93,16 @@ def vae_images(path: Path) -> VaeImages:
 # ------------------------------------------------------------------------------------------- captioned scenes
 
 
+def labelled_object(index: int, captions: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Picture [64, 64, 3] of an object scene, several captions of it, and its label [64, 64]."""
+    scene, rng = render_objects("train", index), np.random.default_rng((1, index))
+    sentences = [object_caption(scene["caption_facts"], rng) for _ in range(captions)]
+    return scene["rgb"], sentences, scene["label"]
+
+
 def captioned_object(index: int, captions: int) -> tuple[np.ndarray, list[str]]:
     """Picture [64, 64, 3] and several captions of it."""
-    scene, rng = render_objects("train", index), np.random.default_rng((1, index))
-    return scene["rgb"], [object_caption(scene["caption_facts"], rng) for _ in range(captions)]
+    return labelled_object(index, captions)[:2]
 
 
 def captioned_street(index: int, captions: int) -> dict:
@@ -123,9 +130,15 @@ def captioned_street(index: int, captions: int) -> dict:
 
 
 def captioned_scenes(scenes: int) -> dict[str, list[tuple[np.ndarray, list[str]]]]:
-    """`scenes` object scenes and as many street crops (64 px), and a quarter of it whole streets (128 px)."""
-    objects = render_all(partial(captioned_object, captions=CAPTIONS), scenes, "object scenes")
-    street = render_all(partial(captioned_street, captions=CAPTIONS), (scenes + 1) // 2, "street scenes")
+    """`scenes` object scenes, a quarter as many street crops (64 px), a sixteenth whole streets (128 px)."""
+    objects = render_all(partial(captioned_object, captions=OBJECT_CAPTIONS), scenes, "object scenes")
+    draw_street = partial(captioned_street, captions=STREET_CAPTIONS)
+    street = render_all(draw_street, (scenes + 7) // 8, "street scenes")
     crops = [crop for scene in street for crop in scene["crops"]]
-    whole = [(scene["image"], scene["captions"]) for scene in street[: (scenes + 3) // 4]]
+    whole = [(scene["image"], scene["captions"]) for scene in street[: (scenes + 15) // 16]]
     return {"objects": objects, "crops": crops, "whole": whole}
+
+
+def labelled_scenes(scenes: int) -> list[tuple[np.ndarray, list[str], np.ndarray]]:
+    """Object scenes with captions and label."""
+    return render_all(partial(labelled_object, captions=OBJECT_CAPTIONS), scenes, "object scenes")

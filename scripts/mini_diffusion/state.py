@@ -1,9 +1,16 @@
-"""The saved state of a stage, and which training it belongs to."""
+"""The saved state of a training, and which training it belongs to."""
 
 import hashlib
 from pathlib import Path
 
 import torch
+
+# What makes the training of each stage another one.
+OPTIONS = {
+    "vae": ("init_from", "seed", "vae_batch"),
+    "unet": ("init_from", "seed", "lr", "batch"),
+    "controlnet": ("kind", "model", "init_from", "seed", "lr", "batch"),
+}
 
 
 def save_state(path: Path, state: dict) -> None:
@@ -14,33 +21,33 @@ def save_state(path: Path, state: dict) -> None:
     temporary.replace(path)
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """A name for all weights in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return f"weights with sha256 {digest.hexdigest()[:12]}"
+
+
 def identity(args, stage: str) -> dict[str, str | int | float | None]:
-    """The options that make a stage's training another one; of the weights it starts from, a fingerprint."""
-    options = {"vae": ("seed", "vae_batch"), "unet": ("seed", "lr", "batch")}[stage]
-    start = None
-    if args.init_from is not None:
-        digest = hashlib.sha256()
-        for path in sorted(args.init_from.rglob("*.safetensors")):
-            digest.update(path.read_bytes())
-        start = f"weights with sha256 {digest.hexdigest()[:12]}"
-    names = {"--" + name.replace("_", "-"): getattr(args, name) for name in options}
-    return {"--init-from": start} | names
+    """The options that make a stage's training another one; of folders of weights, a fingerprint."""
+    values = {"--" + name.replace("_", "-"): getattr(args, name) for name in OPTIONS[stage]}
+    return {k: weights_fingerprint(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-def check_states(args) -> None:
-    """Refuse states in --work that another command left.
+def check_state(args, stage: str) -> None:
+    """Refuse the state of a stage that another command left in --work.
 
     Raises:
         ValueError: an option that makes the training another one differs.
     """
-    for stage in args.stages:
-        path = args.work / f"{stage}.pt"
-        if not path.exists():
-            continue
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        was, now = state.get("identity", {}), identity(args, stage)
-        if differing := [f"{k} was {was.get(k)} and is {v}" for k, v in now.items() if was.get(k) != v]:
-            raise ValueError(
-                f"{path} holds the state of another training: {', '.join(differing)}. "
-                "Choose another --work, delete that file, or give the options it was made with."
-            )
+    path = args.work / f"{stage}.pt"
+    if not path.exists():
+        return
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    was, now = state.get("identity", {}), identity(args, stage)
+    if differing := [f"{k} was {was.get(k)} and is {v}" for k, v in now.items() if was.get(k) != v]:
+        raise ValueError(
+            f"{path} holds the state of another training: {', '.join(differing)}. "
+            "Choose another --work, delete that file, or give the options it was made with."
+        )

@@ -14,11 +14,11 @@ from scripts.mini_diffusion.layout import (
     build_vae,
     save_pipeline,
 )
+from scripts.mini_diffusion.loop import draw_timesteps
 from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_picture
 from scripts.train_mini_diffusion import (
     Clock,
     cosine_rate,
-    draw_timesteps,
     frozen_copy,
     main,
     normalise_latents,

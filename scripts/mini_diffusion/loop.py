@@ -1,0 +1,111 @@
+"""What the trainings of the mini models share: their clock, rates, averages, loss, random numbers and log."""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from functional.noise import add_noise
+
+SAVE_SECONDS = 180
+LOG_STEPS = 50
+LARGEST_WEIGHT = 10.0  # of a timestep's squared error
+
+
+@dataclass
+class Clock:
+    """Seconds of one stage, over all of its runs; the learning rate follows their share of the budget."""
+
+    budget: float
+    spent: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Spent in earlier runs and in this one."""
+        return self.spent + time.monotonic() - self.started
+
+    @property
+    def share(self) -> float:
+        """Spent part of the budget, at most 1."""
+        return min(self.seconds / self.budget, 1.0)
+
+
+def cosine_rate(base: float, step: int, share: float, warmup: int = 150, floor: float = 0.05) -> float:
+    """Linear warm-up over steps, then cosine from `base` to `floor` * base over the spent share of time."""
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+    return base * cosine * min(1.0, (step + 1) / warmup)
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, live: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * live; of parameters only, as no part keeps statistics."""
+    torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), 1 - decay)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy that takes no gradient: where the moving average lives."""
+    kind = type(module)
+    copy = kind.from_config(module.config) if hasattr(kind, "from_config") else kind(module.config)
+    copy.load_state_dict(module.state_dict())
+    return copy.requires_grad_(False).eval()
+
+
+def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
+    """Stratified timesteps [B]: half of them over 0..999, half over 200..899, where the layout is decided."""
+    half = batch // 2
+    rest = batch - half
+    whole = (torch.arange(rest) + torch.rand(rest, generator=generator)) / rest * 1000
+    middle = (torch.arange(half) + torch.rand(half, generator=generator)) / half * 700 + 200
+    return torch.cat([whole, middle]).long()
+
+
+def denoising_loss(unet, text_encoder, batch: dict, alpha_bars: Tensor, generator: torch.Generator) -> Tensor:
+    """Weighted mean squared error of the predicted noise (DDPM, arXiv 2006.11239, eq. 14).
+
+    The weight 1 / alpha_bar makes it the error of the velocity (arXiv 2202.00512, section 4); at most
+    LARGEST_WEIGHT, for it grows without bound. Without it the small errors of the late timesteps, where the
+    caption decides what is drawn, hardly count.
+
+    Args:
+        unet: gives the predicted noise as `sample` for (noised latent, timestep, context).
+        batch: "latent" [B, 4, h, w] and "tokens" [B, tokens].
+        alpha_bars: [1000].
+    """
+    latent, tokens = batch["latent"], batch["tokens"]
+    timestep = draw_timesteps(len(latent), generator).to(latent.device)
+    noise = torch.randn(latent.shape, generator=generator).to(latent.device)
+    noised = add_noise(latent, noise, alpha_bars[timestep]).contiguous(memory_format=torch.channels_last)
+    context = text_encoder(tokens).last_hidden_state
+    error = (unet(noised, timestep, context).sample - noise).square().mean((1, 2, 3))
+    return (error / alpha_bars[timestep].clamp(min=1 / LARGEST_WEIGHT)).mean()
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, so that a resumed training draws those it would have drawn."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def say_if_spent(clock: Clock, path: Path) -> None:
+    """Tell that nothing is left to train, which would else look like a training of no steps."""
+    if clock.share >= 1:
+        tqdm.write(f"{path} has spent its {clock.budget / 60:g} minutes: more --minutes train it further.")
+
+
+class Log:
+    """One JSON object a line, printed as well."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def __call__(self, **values) -> None:
+        line = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
+        tqdm.write(line)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
