@@ -1,12 +1,16 @@
-"""Measure the mini diffusion model on held-out scenes: autoencoder, linear probe, use of captions, samples.
+"""Measure the mini diffusion model and its ControlNets on held-out scenes.
 
     python -m scripts.report_mini_diffusion --model assets/mini-diffusion --output docs/mini_diffusion
 
-Writes report.json, report.md and pictures. Scenes are of the splits `val` (to fit the probe) and `test`.
+Writes report.json, report.md and pictures: autoencoder, linear probe, use of captions, attention as masks,
+inversion, samples and what they show. Scenes are of the splits `val` (for what is fitted or chosen) and
+`test`; intervals hold 95 % of resampled sets of scenes. --sections measures a part again and keeps the rest.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +28,24 @@ from datamodules.mini_world.objects import render_objects
 from datamodules.mini_world.street import CONDITIONS, render_street
 from functional.classes import DELIVER11
 from lightning_modules.metrics import ConfusionMatrix
+from models.diffusion.inversion import PATHS, follow
 from models.diffusion.stable_diffusion import StableDiffusion
 from scripts.gallery import enlarge, grid
+from scripts.mini_diffusion.attention_report import (
+    attention_sheet,
+    object_attention_report,
+    street_attention_report,
+)
+from scripts.mini_diffusion.intervals import Interval, bootstrap
+from scripts.mini_diffusion.judges import score_judges, train_judges
+from scripts.mini_diffusion.samples import (
+    Samples,
+    sample_controlled,
+    sample_objects,
+    score_controlled,
+    score_samples,
+)
+from scripts.train_mini_controlnet import CONTROLS
 
 PROMPTS = (
     "a photo of a red car on grass",
@@ -143,28 +163,62 @@ def probe_report(diffusion: StableDiffusion, scenes: int, seed: int, timestep: i
 # --------------------------------------------------------------------------------------------------- captions
 
 
-def caption_losses(diffusion: StableDiffusion, scenes: int, timesteps: tuple[int, ...], seed: int) -> dict:
+def caption_losses(
+    diffusion: StableDiffusion, scenes: int, timesteps: tuple[int, ...], seeds: Sequence[int]
+) -> dict:
     """Denoising loss on object scenes with the right, an empty and another scene's caption, per timestep.
 
     Returns:
-        {"t150_right": mean squared error of the predicted noise, "t150_empty": ..., "t150_wrong": ..., ...}
+        {"t 150 right": mean squared error of the predicted noise, "t 150 empty": ..., "t 150 wrong": ...,
+        "t 150 right below wrong %": an interval, ...}, means over scenes and noise seeds.
     """
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(0)
     drawn = [render_objects("test", i) for i in range(scenes)]
     captions = [object_caption(scene["caption_facts"], rng) for scene in drawn]
     latent = torch.cat([diffusion.encode(part) for part in to_tensor([s["rgb"] for s in drawn]).split(32)])
     texts = {"right": captions, "empty": [""] * scenes, "wrong": captions[1:] + captions[:1]}
-    losses = {}
-    for timestep in timesteps:
-        noise = torch.randn(latent.shape, generator=generator)
-        noised = diffusion.add_noise(latent, noise, timestep)
-        for kind, text in texts.items():
-            context = diffusion.encode_text(text)
+    report = {}
+    for timestep in tqdm(timesteps, desc="captions"):
+        errors = np.zeros((scenes, len(texts)))
+        for seed, (column, text) in product(seeds, enumerate(texts.values())):
+            generator = torch.Generator().manual_seed(1000 * seed + timestep)
+            noise = torch.randn(latent.shape, generator=generator)
+            noised = diffusion.add_noise(latent, noise, timestep)
+            pairs = zip(noised.split(32), diffusion.encode_text(text).split(32), strict=True)
             with torch.no_grad():
-                pairs = zip(noised.split(32), context.split(32), strict=True)
                 predicted = torch.cat([diffusion.predict_noise(x, timestep, c) for x, c in pairs])
-            losses[f"t{timestep}_{kind}"] = F.mse_loss(predicted, noise).item()
-    return losses
+            errors[:, column] += (predicted - noise).square().mean((1, 2, 3)).numpy() / len(seeds)
+        means = zip(texts, errors.mean(0).tolist(), strict=True)
+        report |= {f"t {timestep} {kind}": mean for kind, mean in means}
+        report[f"t {timestep} right below wrong %"] = bootstrap(
+            errors, statistic=lambda mean: 100 * (1 - mean[..., 0] / mean[..., 2])
+        )
+    return report
+
+
+# -------------------------------------------------------------------------------------------------- inversion
+
+
+@torch.no_grad()
+def inversion_report(diffusion: StableDiffusion, images: Tensor, steps: int = 37) -> dict[str, float]:
+    """Follow DIFF's path from step 0 up and back: ||z' - z|| / ||z|| of the latents in percent."""
+    times = (0, *PATHS[steps].targets)
+    errors = []
+    for part in tqdm(images.split(16), desc="inversion"):
+        latent = diffusion.encode(part)
+        empty = diffusion.encode_text([""])
+
+        def predict(x: Tensor, timestep: int, empty: Tensor = empty) -> Tensor:
+            return diffusion.predict_noise(x, timestep, empty)
+
+        up = follow(latent, times, diffusion.alpha_bars, predict)[-1]
+        back = follow(up, times[::-1], diffusion.alpha_bars, predict)[-1]
+        errors.append(100 * (back - latent).flatten(1).norm(dim=1) / latent.flatten(1).norm(dim=1))
+    error = torch.cat(errors)
+    return {"mean error %": error.mean().item(), "worst error %": error.max().item()}
+
+
+# ---------------------------------------------------------------------------------------------------- samples
 
 
 def sample_grid(folder: Path, guidances: tuple[float, ...], seed: int, size: int = 64) -> np.ndarray:
@@ -187,12 +241,122 @@ def sample_grid(folder: Path, guidances: tuple[float, ...], seed: int, size: int
     return enlarge(grid(tiles, len(PROMPTS), gap=0), 2)
 
 
+def control_grid(samples: dict[str, Samples], columns: int) -> np.ndarray:
+    """Per kind of control a row of control pictures and a row of what was drawn from them."""
+    tiles = []
+    for kind, drawn in samples.items():
+        tiles += to_pictures(CONTROLS[kind](drawn.label[:columns])) + to_pictures(drawn.image[:columns])
+    return enlarge(grid(tiles, columns, gap=0), 2)
+
+
+# ----------------------------------------------------------------------------------------------------- report
+
+
+def autoencoder_section(args, diffusion: StableDiffusion) -> dict:
+    """Both kinds of scenes, each with a sheet of originals and reconstructions."""
+    street, _ = street_scenes("test", args.scenes)
+    objects = to_tensor([render_objects("test", i)["rgb"] for i in range(args.scenes)])
+    report = {}
+    for kind, images in (("street", street), ("objects", objects)):
+        report[kind], output = autoencoder_report(diffusion, images)
+        tiles = to_pictures(torch.cat([images[:10], output[:10]]))
+        sheet = enlarge(grid(tiles, len(tiles) // 2, gap=0), 1 if kind == "street" else 2)
+        Image.fromarray(sheet).save(args.output / f"autoencoder_{kind}.png")
+    return report
+
+
+def probe_section(args, diffusion: StableDiffusion) -> dict:
+    """Trained and untrained features, a row per seed."""
+    report = {}
+    for seed in tqdm(args.seeds, desc="probe"):
+        untrained = StableDiffusion(str(args.model), untrained_seed=seed)
+        report[f"trained, seed {seed}"] = probe_report(diffusion, args.scenes, seed)
+        report[f"untrained, seed {seed}"] = probe_report(untrained, args.scenes, seed)
+    return report
+
+
+def captions_section(args, diffusion: StableDiffusion) -> dict:
+    """Objects and the use of their captions."""
+    return {"objects": caption_losses(diffusion, 4 * args.scenes, (150, 350, 550, 750), args.seeds)}
+
+
+def attention_section(args, diffusion: StableDiffusion) -> dict:
+    """Objects with the trained and an untrained U-Net, streets by class; a picture of some objects."""
+    parts = ("unet", "vae_encoder", "text_encoder")
+    untrained = StableDiffusion(str(args.model), parts=parts, untrained_seed=args.seeds[0])
+    report = {}
+    for name, model in (("trained", diffusion), ("untrained", untrained)):
+        found = object_attention_report(model, 2 * args.scenes, args.seeds)
+        report |= {f"objects, {kind}, {name}": values for kind, values in found.items()}
+    report["streets"] = street_attention_report(diffusion, args.scenes, args.seeds)
+    Image.fromarray(attention_sheet(diffusion, 8, args.seeds[0])).save(args.output / "attention.png")
+    return report
+
+
+def inversion_section(args, diffusion: StableDiffusion) -> dict:
+    """Both kinds of scenes along DIFF's longest path."""
+    street, _ = street_scenes("test", args.scenes)
+    objects = to_tensor([render_objects("test", i)["rgb"] for i in range(args.scenes)])
+    images = {"streets": street, "objects": objects}
+    return {kind: inversion_report(diffusion, image) for kind, image in images.items()}
+
+
+def samples_section(args, diffusion: StableDiffusion) -> dict:
+    """What a classifier of real scenes finds in the samples at guidance 4 and 7.5, and a grid of prompts."""
+    Image.fromarray(sample_grid(args.model, (1.0, 4.0, 7.5), args.seeds[0])).save(args.output / "samples.png")
+    classifier, segmenter = train_judges(args.judges)
+
+    @torch.no_grad()
+    def round_trip(image: Tensor) -> Tensor:
+        parts = (diffusion.decode(diffusion.encode(part)) for part in image.split(32))
+        return torch.cat([part.clamp(0, 1) for part in parts])
+
+    report = {
+        "judges, real scenes": score_judges(classifier, segmenter),
+        "judges, scenes through the autoencoder": score_judges(classifier, segmenter, change=round_trip),
+    }
+    for guidance in (4.0, 7.5):
+        drawn = sample_objects(args.model, args.samples, guidance, args.seeds[0])
+        report[f"guidance {guidance:g}"] = score_samples(classifier, drawn)
+    return report
+
+
+def control_section(args, diffusion: StableDiffusion) -> dict:
+    """Whether the object drawn with a ControlNet fills its control mask, and a grid of both kinds."""
+    _, segmenter = train_judges(args.judges)
+    drawn = {}
+    for kind in CONTROLS:
+        folder = args.model.with_name(f"mini-controlnet-{kind}")
+        drawn[kind] = sample_controlled(args.model, folder, kind, args.samples, 4.0, args.seeds[0])
+    Image.fromarray(control_grid(drawn, 10)).save(args.output / "control.png")
+    return {kind: score_controlled(segmenter, samples) for kind, samples in drawn.items()}
+
+
+SECTIONS = {
+    "autoencoder": autoencoder_section,
+    "probe": probe_section,
+    "captions": captions_section,
+    "attention": attention_section,
+    "inversion": inversion_section,
+    "samples": samples_section,
+    "control": control_section,
+}
+
+
+def show(value: str | float | Interval) -> str:
+    """A value for the table; an interval as "mean (low to high)"."""
+    if isinstance(value, dict):
+        return "{mean:.4g} ({low:.4g} to {high:.4g})".format(**value)
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
 def markdown(report: dict) -> str:
-    """The report as a two-column table."""
-    lines = ["| measure | value |", "|--|--|"]
-    for section, values in report.items():
-        for name, value in values.items():
-            lines.append(f"| {section} {name} | {value:.4g} |")
+    """The report as a table."""
+    lines = ["| section | of | measure | value |", "|--|--|--|--|"]
+    for section, parts in report.items():
+        for part, values in parts.items():
+            for name, value in values.items():
+                lines.append(f"| {section} | {part} | {name} | {show(value)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -202,7 +366,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("assets/mini-diffusion"))
     parser.add_argument("--output", type=Path, default=Path("docs/mini_diffusion"))
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="the others keep their figures",
+    )
     parser.add_argument("--scenes", type=int, default=64, help="test scenes per kind and condition")
+    parser.add_argument("--samples", type=int, default=260, help="generated pictures that are judged")
+    parser.add_argument(
+        "--judges", type=Path, default=Path("work/judges"), help="folder where the trained judges are kept"
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of probe, noise and untrained weights"
     )
@@ -210,24 +385,14 @@ def main(argv: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     parts = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
     diffusion = StableDiffusion(str(args.model), parts=parts)
-
-    report = {}
-    street, _ = street_scenes("test", args.scenes)
-    objects = to_tensor([render_objects("test", i)["rgb"] for i in range(args.scenes)])
-    for kind, images in (("street", street), ("objects", objects)):
-        report[f"autoencoder {kind}"], output = autoencoder_report(diffusion, images)
-        tiles = to_pictures(torch.cat([images[:10], output[:10]]))
-        sheet = enlarge(grid(tiles, len(tiles) // 2, gap=0), 1 if kind == "street" else 2)
-        Image.fromarray(sheet).save(args.output / f"autoencoder_{kind}.png")
-    for seed in tqdm(args.seeds, desc="probe"):
-        untrained = StableDiffusion(str(args.model), untrained_seed=seed)
-        report[f"probe trained seed {seed}"] = probe_report(diffusion, args.scenes, seed)
-        report[f"probe untrained seed {seed}"] = probe_report(untrained, args.scenes, seed)
-    report["captions"] = caption_losses(diffusion, args.scenes * 2, (150, 350, 550, 750), args.seeds[0])
-    Image.fromarray(sample_grid(args.model, (1.0, 4.0, 7.5), args.seeds[0])).save(args.output / "samples.png")
-    write_atomically(args.output / "report.json", json.dumps(report, indent=2) + "\n")
-    write_atomically(args.output / "report.md", markdown(report))
-    print(markdown(report))
+    path = args.output / "report.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    for section in args.sections:
+        report[section] = SECTIONS[section](args, diffusion)
+        report = {name: report[name] for name in SECTIONS if name in report}
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
+        write_atomically(args.output / "report.md", markdown(report))
+        print(markdown({section: report[section]}), flush=True)
 
 
 if __name__ == "__main__":

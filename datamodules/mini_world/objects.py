@@ -47,7 +47,7 @@ _RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "wood": ((86, 54, 30), (142, 96, 54), (184, 136, 86)),
 }
 # The object colour that could not be told from the ground and is therefore not drawn on it.
-_VANISHING = {
+VANISHING = {
     "grass": "green",
     "sand": "yellow",
     "water": "blue",
@@ -91,7 +91,7 @@ def render_objects(
     drawn_count = 1 + int(np.searchsorted(np.cumsum(_COUNT_WEIGHTS)[:-1], rng.random()))
     count = count or drawn_count
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    colors = [name for name in COLORS if name != _VANISHING[background]]
+    colors = [name for name in COLORS if name != VANISHING[background]]
     names = [categories[i] for i in rng.choice(len(categories), count, replace=count > len(categories))]
     objects = [(name, colors[int(rng.integers(len(colors)))]) for name in names]
     centres, radii = _place(rng, count)

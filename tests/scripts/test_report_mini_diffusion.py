@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from datamodules.mini_world.street import CONDITIONS
+from functional.noise import alpha_bars
 from models.diffusion.stable_diffusion import StableDiffusion
 from scripts.report_mini_diffusion import (
     autoencoder_report,
     caption_losses,
+    inversion_report,
     linear_probe,
     main,
     markdown,
@@ -102,28 +104,74 @@ def test_street_scenes_start_where_asked_and_wear_the_condition():
 
 
 def test_caption_losses_compare_right_empty_and_wrong_captions_at_each_timestep(diffusion):
-    found = caption_losses(diffusion, 3, (150, 550), seed=0)
-    assert set(found) == {f"t{t}_{kind}" for t in (150, 550) for kind in ("right", "empty", "wrong")}
-    assert len(set(found.values())) == 6 and all(value > 0 for value in found.values())
-    assert found != caption_losses(diffusion, 3, (150, 550), seed=1)
+    found = caption_losses(diffusion, 3, (150, 550), seeds=[0])
+    kinds = ("right", "empty", "wrong", "right below wrong %")
+    assert set(found) == {f"t {t} {kind}" for t in (150, 550) for kind in kinds}
+    interval = found["t 150 right below wrong %"]
+    ratio = found["t 150 right"] / found["t 150 wrong"]
+    assert interval["mean"] == pytest.approx(100 * (1 - ratio))
+    assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert found["t 150 right"] != caption_losses(diffusion, 3, (150,), seeds=[1])["t 150 right"]
 
 
-def test_the_table_names_section_and_measure():
-    assert (
-        markdown({"captions": {"t150_right": 0.123456}}).splitlines()[2] == "| captions t150_right | 0.1235 |"
-    )
+def test_inversion_of_a_model_that_predicts_the_same_noise_everywhere_has_no_error():
+    class Constant:
+        alpha_bars = alpha_bars(0.00085, 0.012, 1000, "scaled_linear")
+
+        def encode(self, image):
+            return image
+
+        def encode_text(self, texts):
+            return None
+
+        def predict_noise(self, latent, timestep, context):
+            return torch.ones_like(latent)
+
+    found = inversion_report(Constant(), torch.rand(4, 4, 8, 8))
+    assert found["worst error %"] < 1e-3
+
+
+def test_inversion_reports_mean_and_worst(diffusion):
+    image, _ = street_scenes("test", 3)
+    found = inversion_report(diffusion, image, steps=5)
+    assert 0 < found["mean error %"] < found["worst error %"]
+
+
+def test_the_table_names_section_part_and_measure():
+    report = {"captions": {"objects": {"right": 0.123456, "gap": {"mean": 1.0, "low": 0.5, "high": 1.25}}}}
+    assert markdown(report).splitlines()[2:] == [
+        "| captions | objects | right | 0.1235 |",
+        "| captions | objects | gap | 1 (0.5 to 1.25) |",
+    ]
 
 
 @pytest.mark.slow
 def test_the_command_writes_numbers_for_each_seed_and_pictures(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("scripts.report_mini_diffusion.PROMPTS", ("a photo of a red car",))
     output = tmp_path / "report"
-    main(["--model", str(folder), "--output", str(output), "--scenes", "2", "--seeds", "0", "3"])
+    words = ["--model", str(folder), "--output", str(output), "--scenes", "2", "--seeds", "0", "3"]
+    sections = ["autoencoder", "probe", "captions", "inversion"]
+    main([*words, "--sections", *sections])
     report = json.loads((output / "report.json").read_text())
-    assert set(report["probe trained seed 0"]) == {*CONDITIONS, "mixed"}
+    assert list(report) == sections
+    probe = report["probe"]
+    assert set(probe["trained, seed 0"]) == {*CONDITIONS, "mixed"}
     for kind in ("trained", "untrained"):
-        assert report[f"probe {kind} seed 0"] != report[f"probe {kind} seed 3"]
-    assert report["probe trained seed 0"] != report["probe untrained seed 0"]
+        assert probe[f"{kind}, seed 0"] != probe[f"{kind}, seed 3"]
+    assert probe["trained, seed 0"] != probe["untrained, seed 0"]
     assert Image.open(output / "autoencoder_street.png").size == (2 * 128, 2 * 128)
-    assert Image.open(output / "samples.png").size == (128, 3 * 128)  # a row per guidance, twice as large
-    assert (output / "report.md").read_text() in capsys.readouterr().out
+    # a section measured again leaves the others as they are
+    main([*words[:-2], "0", "--sections", "captions"])
+    again = json.loads((output / "report.json").read_text())
+    assert again["probe"] == probe and again["captions"] != report["captions"]
+    assert (output / "report.md").read_text().count("| captions |") == 16
+
+
+@pytest.mark.slow
+def test_the_command_measures_attention_of_the_mini_model(tmp_path):
+    main(["--output", str(tmp_path), "--scenes", "2", "--seeds", "0", "--sections", "attention"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["attention"]) == {
+        "streets",
+        *(f"objects, {k}, {n}" for k in ("cross-attention", "completed") for n in ("trained", "untrained")),
+    }
+    assert Image.open(tmp_path / "attention.png").size[1] == 4 * 128
