@@ -1,5 +1,7 @@
 """Reading image files with Pillow, which raises where OpenCV silently returns part of a damaged file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,23 +10,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image as RGB: EXIF rotation applied, transparency dropped, other modes converted.
-
-    Returns:
-        uint8 [H, W, 3].
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image, damaged or truncated.
-    """
-    path = Path(path)
+@contextmanager
+def _opened(path: Path, kind: str = "image") -> Iterator[Image.Image]:
+    """Inside the block the file is decoded; what is wrong with it becomes an error that names it."""
     if not path.is_file():
-        raise FileNotFoundError(f"There is no image {path}. Check the path.")
+        raise FileNotFoundError(f"There is no {kind} {path}. Check the path.")
     try:
         with Image.open(path) as image:
             image.load()
-            return rgb_array(ImageOps.exif_transpose(image))
+            yield image
     except UnidentifiedImageError:
         raise ValueError(
             f"{path} is not an image: Pillow recognises no format in its {path.stat().st_size} bytes. "
@@ -32,6 +26,59 @@ def read_image(path: str | Path) -> np.ndarray:
         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}. Replace the damaged file.") from error
+
+
+def read_image(path: str | Path, rescale_16_bit: bool = True) -> np.ndarray:
+    """Read an image as RGB: EXIF rotation applied, transparency dropped, other modes converted.
+
+    Args:
+        rescale_16_bit: whether 16-bit grey is divided by 257 to 8 bits; else it is refused.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, damaged or truncated, or holds 16-bit grey not to be rescaled.
+    """
+    path = Path(path)
+    with _opened(path) as image:
+        if rescale_16_bit or not _is_16_bit(image):
+            return rgb_array(ImageOps.exif_transpose(image))
+    raise ValueError(
+        f"{path} holds 16-bit grey values (Pillow mode {image.mode}), but pictures of 8 bits are expected. "
+        "Convert the files, or set rescale_16_bit: true to divide their values by 257."
+    )
+
+
+def read_label(path: str | Path, first_channel: bool = False) -> np.ndarray:
+    """Read the ids of a label file: the numbers stored in it, palette indices included, never colours.
+
+    Args:
+        first_channel: whether the ids stand in the first channel of a colour file; else one is refused.
+
+    Returns:
+        uint8 [H, W].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image or damaged, or what it holds are no ids of 0..255.
+    """
+    path = Path(path)
+    with _opened(path, "label") as image:
+        ids = np.asarray(image)
+    if first_channel and ids.ndim == 3:
+        ids = ids[..., 0]
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 255:
+        raise ValueError(
+            f"{path} does not hold one class id of 0..255 a pixel: found Pillow mode {image.mode}, values "
+            f"{ids.min()} to {ids.max()}. Give the file with the ids, not the one with colours."
+        )
+    return ids.astype(np.uint8)
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def rgb_array(image: Image.Image) -> np.ndarray:
@@ -42,7 +89,7 @@ def rgb_array(image: Image.Image) -> np.ndarray:
     """
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers of unknown range, not colours")
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    if _is_16_bit(image):
         grey = np.rint(np.asarray(image).astype(np.float64).clip(0, 65535) / 257)
         return grey.astype(np.uint8)[..., None].repeat(3, -1)
-    return np.asarray(image.convert("RGB"))
+    return np.array(image.convert("RGB"))  # a copy, because Pillow's own memory is read-only

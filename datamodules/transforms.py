@@ -11,6 +11,7 @@ os.environ.setdefault(
 import albumentations
 import cv2
 import numpy as np
+from PIL import Image
 
 
 class Transform(Protocol):
@@ -68,3 +69,41 @@ class RandomCropFlipJitter:
         self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
         changed = self.pipeline(image=image, mask=label)
         return changed["image"], changed["mask"]
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """Resize uint8 [H, W, 3] or [H, W] to (height, width) with Pillow.
+
+    Its bilinear filter is anti-aliased on reduction, as the published loaders' is; OpenCV's is not.
+    """
+    height, width = size
+    return np.array(Image.fromarray(pixels).resize((width, height), resample))
+
+
+class ResizeCropFlip:
+    """MADM's training augmentation: resize (bilinear, label nearest), uniform random crop, horizontal flip.
+
+    Args:
+        crop_size: height and width of the result.
+        resize: height and width before the crop; None keeps the file's.
+        flip: probability of the flip.
+    """
+
+    def __init__(self, crop_size: tuple[int, int], resize: tuple[int, int] | None = None, flip: float = 0.5):
+        self.crop_size, self.resize, self.flip = crop_size, resize, flip
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.resize is not None:
+            image = resize(image, self.resize, Image.Resampling.BILINEAR)
+            label = resize(label, self.resize, Image.Resampling.NEAREST)
+        rng = np.random.default_rng(seed)
+        (rows, columns), (height, width) = label.shape, self.crop_size
+        if height > rows or width > columns:
+            raise ValueError(
+                f"The crop is larger than the image: found {rows}x{columns} pixels for crop_size "
+                f"{height}x{width}. Set a smaller crop_size or a larger resize."
+            )
+        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+        step = -1 if rng.random() < self.flip else 1
+        view = np.s_[top : top + height, left : left + width]
+        return image[view][:, ::step], label[view][:, ::step]

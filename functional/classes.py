@@ -47,6 +47,16 @@ DELIVER11 = _table(
     },
 )
 
+# The same without fence and wall, which the infrared set FMB does not label.
+FMB9 = _table(
+    "fmb9",
+    {
+        name: color
+        for name, color in zip(DELIVER11.names, DELIVER11.colors, strict=True)
+        if name not in ("fence", "wall")
+    },
+)
+
 # The object scenes of the mini world: background, then the categories.
 MINI_OBJECTS = _table(
     "mini_objects",
@@ -88,7 +98,7 @@ def class_table(name: str) -> ClassTable:
     Raises:
         ValueError: no table has this name; the message lists those that exist.
     """
-    tables = {table.name: table for table in (DELIVER11, MINI_OBJECTS)}
+    tables = {table.name: table for table in (DELIVER11, FMB9, MINI_OBJECTS)}
     if name not in tables:
         raise ValueError(f"No class table is named {name!r}: choose one of {', '.join(sorted(tables))}.")
     return tables[name]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.reading import read_image
+from datamodules.reading import read_image, read_label
 
 RED_LEFT = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8).repeat(4, 0)  # [4, 2, 3]: red column, blue column
 
@@ -65,3 +65,31 @@ def test_text_an_empty_file_and_a_missing_one_are_named(tmp_path):
             read_image(tmp_path / f"{name}.png")
     with pytest.raises(FileNotFoundError, match=r"no image .*missing"):
         read_image(tmp_path / "missing.png")
+
+
+def test_a_label_is_read_as_the_stored_numbers(tmp_path):
+    ids = np.array([[0, 1, 33], [18, 255, 7]], np.uint8)
+    indexed = Image.fromarray(ids).convert("P")
+    indexed.putpalette([200, 100, 0] * 256)
+    indexed.putdata(ids.ravel().tolist())
+    for name, image in {"grey": Image.fromarray(ids), "palette": indexed}.items():
+        image.save(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read_label(tmp_path / f"{name}.png"), ids)
+    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "wide.png")
+    np.testing.assert_array_equal(read_label(tmp_path / "wide.png"), ids)
+    Image.fromarray(np.dstack([ids, ids + 1, ids + 2])).save(tmp_path / "colour.png")
+    np.testing.assert_array_equal(read_label(tmp_path / "colour.png", first_channel=True), ids)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 256, np.uint16)])
+def test_what_holds_no_ids_is_not_read_as_a_label(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png does not hold one class id"):
+        read_label(tmp_path / "x.png")
+
+
+def test_sixteen_bit_grey_is_refused_where_it_is_not_to_be_rescaled(tmp_path):
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").dtype == np.uint8
+    with pytest.raises(ValueError, match=r"x\.png holds 16-bit grey values \(Pillow mode I;16\)"):
+        read_image(tmp_path / "x.png", rescale_16_bit=False)

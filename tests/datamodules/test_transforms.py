@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from datamodules.transforms import RandomCropFlipJitter
+from datamodules.transforms import RandomCropFlipJitter, ResizeCropFlip
 
 LABEL = (np.arange(32 * 48).reshape(32, 48) // 100).astype(np.uint8)
 LABEL[0] = 255
@@ -70,3 +71,27 @@ def test_scale_and_ratio_bound_the_crop():
     )
     spans = [int(view.max()) - int(view.min()) for view in (wide, small, narrow)]
     assert spans[0] == 47 and 22 <= spans[1] <= 24 and spans[2] < spans[1]
+
+
+def test_the_published_augmentation_resizes_as_pillow_does_then_crops_and_flips():
+    image, label = ResizeCropFlip((16, 24), resize=(16, 24), flip=0.0)(IMAGE, LABEL, seed=0)
+    assert np.array_equal(image, Image.fromarray(IMAGE).resize((24, 16), Image.Resampling.BILINEAR))
+    assert np.array_equal(label, Image.fromarray(LABEL).resize((24, 16), Image.Resampling.NEAREST))
+    flipped, _ = ResizeCropFlip((16, 24), resize=(16, 24), flip=1.0)(IMAGE, LABEL, seed=0)
+    assert np.array_equal(flipped, image[:, ::-1])
+
+
+def test_crops_take_every_offset_and_are_a_function_of_the_seed():
+    places = np.arange(4 * 5, dtype=np.uint8).reshape(4, 5)
+    image, crop = np.dstack([places] * 3), ResizeCropFlip((2, 3), flip=0.5)
+    corners = set()
+    for seed in range(200):
+        pixels, label = crop(image, places, seed)
+        assert np.array_equal(pixels[..., 0], label) and np.array_equal(label, crop(image, places, seed)[1])
+        corners.add((int(label[0].min()), bool(label[0, 0] > label[0, 1])))
+    assert corners == {(5 * y + x, flip) for y in range(3) for x in range(3) for flip in (False, True)}
+
+
+def test_a_crop_larger_than_the_image_is_an_error_with_both_sizes():
+    with pytest.raises(ValueError, match="found 32x48 pixels for crop_size 40x24"):
+        ResizeCropFlip((40, 24))(IMAGE, LABEL, seed=0)

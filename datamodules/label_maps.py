@@ -1,0 +1,66 @@
+"""From the ids that label files hold to those of a class table: one look-up per pixel, so nothing chains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from functional.classes import DELIVER11, IGNORE_INDEX, class_table
+
+UNKNOWN = -1  # in a look-up table: the data set has no such id
+
+# By stored id, the class of MADM's street tables that it becomes; None is ignored.
+CITYSCAPES_STREET = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole"),
+    *("traffic sign", "traffic sign"),  # light, sign
+    *("vegetation", "vegetation"),  # vegetation, terrain
+    *("sky", "person", "person"),  # sky, person, rider
+    *("car", "car", "car", "car", "car", "car"),  # car, truck, bus, train, motorcycle, bicycle
+)
+DELIVER_STREET = (
+    *(None, "building", "fence", None, "person", "pole"),  # unlabelled .. other ..
+    *("road", "road", "sidewalk", "vegetation", "car", "wall", "traffic sign", "sky"),  # road line, road ..
+    *(None, None, None, None),  # ground, bridge, rail track, guard rail
+    *("traffic sign", None, None, None),  # traffic light, static, dynamic, water
+    *("vegetation", "car", "car", "car"),  # terrain, two-wheeler, bus, truck
+)
+FMB_STREET = (
+    *(None, "road", "sidewalk", "building"),
+    *("traffic sign", "traffic sign"),  # lamp, sign
+    *("vegetation", "sky", "person"),
+    *("car", "car", "car", "car", "car"),  # car, truck, bus, motorcycle, bicycle
+    "pole",
+)
+DSEC_STREET = DELIVER11.names  # id 0, "background" in DSEC-Semantic, is read as sky
+
+
+def lookup_table(stored: Sequence[str | None], classes: str) -> np.ndarray:
+    """Build the table from stored id to class id, int16 [256].
+
+    Args:
+        stored: by stored id, the name of its class; None, and a name that the class table lacks, become 255.
+        classes: name of the class table.
+
+    Returns:
+        Class ids, 255 for ignored (as is stored id 255), UNKNOWN for ids beyond `stored`.
+    """
+    names = class_table(classes).names
+    table = np.full(256, UNKNOWN, np.int16)
+    table[: len(stored)] = [names.index(name) if name in names else IGNORE_INDEX for name in stored]
+    table[IGNORE_INDEX] = IGNORE_INDEX
+    return table
+
+
+def check_ids(ids: np.ndarray, table: np.ndarray, file: Path) -> None:
+    """Refuse stored ids, uint8 of any shape, that the data set does not have.
+
+    Raises:
+        ValueError: names the file and the ids.
+    """
+    present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256))
+    if len(unknown := present[table[present] == UNKNOWN]):
+        known = np.flatnonzero(table != UNKNOWN)[:-1]
+        raise ValueError(
+            f"{file} holds ids that its data set does not have: found {unknown[:10].tolist()}, known are 0.."
+            f"{known.max()} and {IGNORE_INDEX}. Give the label files that docs/datasets.md names."
+        )

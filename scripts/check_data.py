@@ -1,0 +1,135 @@
+"""Check data sets before training on them: all faults in one report, exit code 1 if there are any.
+
+    python -m scripts.check_data cityscapes=data/cityscapes deliver=data/deliver --workers 8
+
+Faults: images or labels that are missing (by the published numbers), damaged or of the wrong kind; labels of
+another size than their image or with ids that the data set does not have; images that two splits share.
+"""
+
+import argparse
+import hashlib
+import importlib
+import os
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+from tqdm import tqdm
+
+import datamodules
+from config_files import UsageError, nearest, short_errors
+from datamodules.files import FileDataModule, FileDataset, check_sizes
+from mistakes import edge_errors
+
+
+@dataclass
+class Found:
+    """What one or more image files and their labels hold: sizes (height, width), ids, images by hash."""
+
+    sizes: Counter = field(default_factory=Counter)
+    ids: set[int] = field(default_factory=set)
+    images: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, other: "Found") -> None:
+        self.sizes += other.sizes
+        self.ids |= other.ids
+        self.images |= other.images
+        self.faults += other.faults
+
+
+def data_sets() -> dict[str, type[FileDataModule]]:
+    """Return the DataModules of files in datamodules/ by name."""
+    for module in pkgutil.iter_modules(datamodules.__path__):
+        importlib.import_module(f"datamodules.{module.name}")
+    return {kind.layout.title.lower(): kind for kind in FileDataModule.__subclasses__()}
+
+
+def check_sample(dataset: FileDataset, index: int) -> Found:
+    """Read an image and its label as training does, and keep what is wrong instead of raising it."""
+    found, pair, image = Found(), dataset.pairs[index], None
+    try:
+        image = dataset.read_image(index)
+        found.sizes[image.shape[:2]] += 1
+        found.images[hashlib.sha256(image).hexdigest()] = pair.image
+    except (FileNotFoundError, ValueError) as error:
+        found.faults.append(str(error))
+    if pair.label is not None:
+        try:
+            label = dataset.read_label(index)
+            found.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
+            if image is not None:
+                check_sizes(dataset.root, pair, image, label)
+        except (FileNotFoundError, ValueError) as error:
+            found.faults.append(str(error))
+    return found
+
+
+def check_split(data: FileDataModule, split: str, pool: Executor) -> tuple[Found, str]:
+    """Check a split; return what was found and a line about it."""
+    dataset, found = data.find(split), Found()
+    folders, expected = Counter(pair.image.split("/")[1] for pair in dataset.pairs), data.layout.counts[split]
+    for folder in sorted({*folders, *expected}):
+        if folders[folder] != expected.get(folder, 0):
+            found.faults.append(
+                f"{split}, folder {folder}: found {folders[folder]} images, published are "
+                f"{expected.get(folder, 0)}."
+            )
+    samples = pool.map(partial(check_sample, dataset), range(len(dataset)))
+    title = f"{data.layout.title} {split}"
+    for sample in tqdm(samples, total=len(dataset), desc=title, unit="image", disable=None, leave=False):
+        found.add(sample)
+    height, width = data.layout.size
+    sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in found.sizes.most_common())
+    ids = f", ids {' '.join(map(str, sorted(found.ids)))}" if found.ids else ""
+    return found, f"{split}: {len(dataset)} images, sizes {sizes} (published {width}x{height}){ids}"
+
+
+def check(data: FileDataModule, pool: Executor) -> Iterator[tuple[str, bool]]:
+    """Check all splits of a data set: the lines of its report, and of each whether it is a fault."""
+    yield f"{data.layout.title} in {data.root}", False
+    splits = {}
+    for split in data.layout.images:
+        splits[split], line = check_split(data, split, pool)
+        yield f"  {line}", False
+        yield from ((f"  FAULT {fault}", True) for fault in splits[split].faults)
+    for (one, first), (other, second) in combinations(splits.items(), 2):
+        for digest in sorted(first.images.keys() & second.images.keys()):
+            paths = f"{first.images[digest]} ({one}) and {second.images[digest]} ({other})"
+            yield f"  FAULT {paths} show the same picture: splits must not overlap.", True
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sets", nargs="+", metavar="NAME=ROOT", help="name and folder of a data set")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files read at a time")
+    parser.add_argument("--rescale-16-bit", action="store_true", help="accept images of 16-bit grey")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, known, faults = arguments(argv), data_sets(), 0
+    with edge_errors(), ThreadPoolExecutor(args.workers) as pool:
+        for name, _, root in (word.partition("=") for word in args.sets):
+            if name not in known or not root:
+                guess = nearest(name, known) or " or ".join(sorted(known))
+                raise UsageError(f"{name}={root} is no data set and its folder: did you mean {guess}=ROOT?")
+            data = known[name](root, rescale_16_bit=args.rescale_16_bit)
+            for line, is_fault in check(data, pool):
+                print(line)
+                faults += is_fault
+    print(f"{faults} faults" if faults else "no faults")
+    if faults:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    with short_errors():
+        main()

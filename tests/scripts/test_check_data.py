@@ -1,0 +1,90 @@
+"""One report names every fault of a data set, and only faults make the command fail."""
+
+from dataclasses import replace
+from shutil import copy
+
+import numpy as np
+import pytest
+
+from datamodules.cityscapes import CityscapesDataModule
+from datamodules.deliver import DeliverDataModule
+from datamodules.fmb import FMBDataModule
+from scripts.check_data import data_sets, main
+from tests.fake_data import write_cityscapes, write_deliver, write_fmb, write_png
+
+
+@pytest.fixture
+def fmb(tmp_path, monkeypatch):
+    counts = {"train": {"Infrared": 2}, "test": {"Infrared": 2}}
+    monkeypatch.setattr(FMBDataModule, "layout", replace(FMBDataModule.layout, counts=counts))
+    write_fmb(tmp_path / "fmb")
+    return tmp_path / "fmb"
+
+
+def report(capsys, *words) -> list[str]:
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, words), "--workers", "2"])
+    assert stop.value.code == 1
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_four_data_sets_are_known_by_name():
+    assert set(data_sets()) >= {"cityscapes", "deliver", "fmb", "dsec"}
+
+
+def test_a_complete_data_set_has_no_faults_and_its_sizes_and_ids_are_told(fmb, capsys):
+    main([f"fmb={fmb}"])
+    first, train, test, end = capsys.readouterr().out.splitlines()
+    assert first == f"FMB in {fmb}" and end == "no faults"
+    assert train == "  train: 2 images, sizes 48x32 (2) (published 800x600)"
+    assert test.startswith("  test: 2 images, sizes 48x32 (2) (published 800x600), ids 0 1 2 ")
+
+
+def test_all_faults_are_in_one_report(fmb, capsys):
+    (fmb / "train/Infrared/00002.png").write_bytes((fmb / "train/Infrared/00002.png").read_bytes()[:200])
+    copy(fmb / "train/Infrared/00001.png", fmb / "test/Infrared/00005.png")
+    write_png(fmb / "test/Infrared/00006.png", np.zeros((32, 48), np.uint16))
+    write_png(fmb / "test/Label/00003.png", np.full((32, 48), 77, np.uint8))
+    write_png(fmb / "test/Label/00004.png", np.zeros((30, 48), np.uint8))
+    write_png(fmb / "test/Label/00006.png", np.zeros((32, 48), np.uint8))
+    lines = report(capsys, f"fmb={fmb}")
+    faults = "\n".join(line for line in lines if line.startswith("  FAULT"))
+    for expected in (
+        "00002.png cannot be read",
+        "test, folder Infrared: found 4 images, published are 2",
+        "00003.png holds ids that its data set does not have: found [77]",
+        "00004.png does not fit its image test/Infrared/00004.png",
+        "There is no label",
+        "00006.png holds 16-bit grey values",
+        "train/Infrared/00001.png (train) and test/Infrared/00005.png (test) show the same picture",
+    ):
+        assert expected in faults
+    assert faults.count("FAULT") == 7 and lines[-1] == "7 faults"
+
+
+def test_sixteen_bit_images_can_be_accepted(fmb, capsys):
+    write_png(fmb / "train/Infrared/00001.png", np.full((32, 48), 9999, np.uint16))
+    report(capsys, f"fmb={fmb}")
+    main([f"fmb={fmb}", "--rescale-16-bit"])
+
+
+def test_incomplete_sets_are_told_by_folder_and_an_empty_one_too(tmp_path, capsys):
+    write_deliver(tmp_path / "deliver")
+    write_cityscapes(tmp_path / "cityscapes")
+    (tmp_path / "fmb").mkdir()
+    sets = [f"{name}={tmp_path / name}" for name in ("deliver", "cityscapes", "fmb")]
+    lines = report(capsys, *sets)
+    assert "  FAULT train, folder fog: found 0 images, published are 795." in lines
+    assert "  FAULT val, folder val: found 2 images, published are 500." in lines
+    assert "  FAULT test, folder Infrared: found 0 images, published are 280." in lines
+    folders = sum(len(part) for part in DeliverDataModule.layout.counts.values())
+    assert lines[-1] == f"{folders + len(CityscapesDataModule.layout.counts) + 2} faults"
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [("delivr=x", "did you mean deliver=ROOT"), ("fmb", "fmb="), ("dsec=nowhere", "DSEC has no folder")],
+)
+def test_a_wrong_name_or_root_is_said(word, message):
+    with pytest.raises(ValueError, match=message):
+        main([word])
