@@ -1,6 +1,7 @@
 """What every segmentation DataModule shares: resumable training batches, evaluation sets in order."""
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -17,11 +18,34 @@ WORKER_TIMEOUT = 300  # seconds without a batch after which a hung worker is an 
 
 def to_tensors(image: np.ndarray, label: np.ndarray) -> dict[str, Tensor]:
     """Image uint8 [H, W, 3] to float32 [3, H, W] in [0, 1], label uint8 [H, W] to int64."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    # Pillow's arrays cannot be written to, which torch warns of.
+    image, label = (np.require(pixels, requirements=["C", "W"]) for pixels in (image, label))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
     return {
         "image": pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255),
-        "label": torch.from_numpy(np.ascontiguousarray(label)).long(),
+        "label": torch.from_numpy(label).long(),
     }
+
+
+class LabelledDataset(Protocol):
+    """What rare class sampling asks of a training dataset, besides its items.
+
+    Attributes:
+        label_names: of each sample the path of its label below the data root, or another lasting name.
+        label_map: uint8 [256], from the ids of the label files to those of the class table. `__getitem__`
+            looks it up anew each time: a copy with the identity in its place gives labels in their own ids.
+    """
+
+    label_names: list[str]
+    label_map: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+    def read_label(self, index: int) -> np.ndarray:
+        """Read a label alone, uint8 [H, W], in the ids of its file."""
+        ...
 
 
 class TrainingSamples(Dataset):
@@ -36,10 +60,12 @@ class TrainingSamples(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict:
         index, draw = item
         sample = self.dataset[index]
-        image, label = sample["image"], sample["label"]
-        if self.transform is not None:
-            image, label = self.transform(image, label, seed=sample_seed(self.seed, draw))
-        return {**sample, **to_tensors(image, label)}
+        seed = sample_seed(self.seed, draw)
+        return {**sample, **to_tensors(*self.augment(sample["image"], sample["label"], seed))}
+
+    def augment(self, image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Apply the transform, if there is one."""
+        return (image, label) if self.transform is None else self.transform(image, label, seed=seed)
 
 
 class EvaluationSamples(Dataset):

@@ -21,6 +21,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         eval_modality: sensor of the evaluation images; None for the same.
         size: side in pixels, 64..512.
         train_length: number of training scenes.
+        train_offset: index of the first of them, so that source and target need not show the same scenes.
         eval_length: number of scenes of each evaluation set.
         classes: name of the class table; street scenes have deliver11 only.
         batch_size, eval_batch_size, num_workers, seed, transform: see SegmentationDataModule.
@@ -35,6 +36,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         eval_modality: str | None = None,
         size: int = 128,
         train_length: int = 2000,
+        train_offset: int = 0,
         eval_length: int = 50,
         classes: str = "deliver11",
         batch_size: int = 8,
@@ -46,7 +48,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers, seed, transform)
         self.classes = _only_table(classes, "deliver11")
         self.train_set = MiniStreetDataset(
-            "train", train_length, train_style, train_conditions, modality, size
+            "train", train_length, train_style, train_conditions, modality, size, train_offset
         )
         # Built here, not when a loader asks: a wrong value is an error at once, and drawn scenes stay.
         self.eval_sets = {

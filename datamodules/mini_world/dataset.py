@@ -30,6 +30,8 @@ class RenderedDataset(Dataset, ABC):
         ValueError: a value out of range; so do the subclasses.
     """
 
+    label_map = np.arange(256, dtype=np.uint8)  # labels are drawn in the ids of the class table
+
     def __init__(self, split: str, length: int, size: int, offset: int = 0):
         if split not in SPLITS or length < 1 or offset < 0 or not 64 <= size <= 512:
             raise ValueError(
@@ -37,6 +39,7 @@ class RenderedDataset(Dataset, ABC):
                 f"choose a split of {', '.join(SPLITS)}, a length >= 1, a size of 64..512, an offset >= 0."
             )
         self.split, self.length, self.size, self.offset = split, length, size, offset
+        self.label_names = [f"{split}-{offset + i:06d}-{size}px" for i in range(length)]
         self.kept: dict[int, dict] = {}
 
     def __len__(self) -> int:
@@ -48,6 +51,10 @@ class RenderedDataset(Dataset, ABC):
         if item not in self.kept:
             self.kept[item] = self.render(self.offset + item)
         return dict(self.kept[item])
+
+    def read_label(self, item: int) -> np.ndarray:
+        """Return the label of a sample, uint8 [S, S]."""
+        return self[item]["label"]
 
     @abstractmethod
     def render(self, index: int) -> dict:
@@ -82,6 +89,10 @@ class MiniStreetDataset(RenderedDataset):
         if conditions is not None:
             _check_choice("conditions", conditions, CONDITIONS)
         self.style, self.conditions, self.modality = style, conditions, modality
+
+    def read_label(self, item: int) -> np.ndarray:
+        """Return the label of a sample, uint8 [S, S]; the image, most of the work, is not drawn."""
+        return render_street(self.split, self.offset + item, size=self.size, sensors=())["label"]
 
     def render(self, index: int) -> dict:
         condition = None if self.conditions is None else self.conditions[index % len(self.conditions)]

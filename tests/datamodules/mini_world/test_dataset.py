@@ -53,6 +53,12 @@ def test_offset_moves_the_first_scene():
     assert np.array_equal(objects["image"], MiniObjectsDataset("val", 5)[4]["image"])
 
 
+def test_a_label_can_be_had_alone_and_has_a_name_of_its_own():
+    for dataset in (street(offset=2, modality="event"), MiniObjectsDataset("val", 5, offset=2)):
+        assert np.array_equal(dataset.read_label(1), dataset[1]["label"])
+        assert dataset.label_names[1] == "val-000003-64px" and len(set(dataset.label_names)) == 5
+
+
 def test_a_scene_is_drawn_once(monkeypatch):
     dataset, drawn = street(), []
     original = dataset.render
