@@ -41,7 +41,8 @@ def add_noise(latent: Tensor, noise: Tensor, alpha_bar: Tensor | float) -> Tenso
     if alpha_bar.ndim:
         signal, sigma = signal.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     dtype = torch.promote_types(latent.dtype, torch.float32)
-    signal, sigma = signal.to(latent.device, dtype), sigma.to(latent.device, dtype)
+    # Without non_blocking the host would wait for the device.
+    signal, sigma = (weight.to(latent.device, dtype, non_blocking=True) for weight in (signal, sigma))
     return signal * latent.to(dtype) + sigma * noise.to(latent.device, dtype)
 
 

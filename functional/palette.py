@@ -1,8 +1,10 @@
-"""Labels as colours: colourised labels, overlays, and the picture of a confusion matrix."""
+"""Labels as colours: pictures of labels, overlays and confusion matrices, and MADM's label palette."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from functional.classes import IGNORE_INDEX
 
@@ -66,3 +68,26 @@ def heat(values: np.ndarray) -> np.ndarray:
     channels = [np.interp(known, np.linspace(0, 1, len(stops)), stops[:, c]) for c in range(3)]
     colored = np.rint(np.stack(channels, -1)).astype(np.uint8)
     return np.where(np.isnan(values)[..., None], np.uint8(200), colored)
+
+
+def palette_table(colors: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Colours (0..255) as float32 [256, 3] in [0, 1] by class id; ignored and unknown ids are black."""
+    table = torch.zeros(256, 3)
+    table[: len(colors)] = torch.tensor(colors) / 255
+    return table
+
+
+def encode_palette(label: Tensor, table: Tensor) -> Tensor:
+    """Colour image [B, 3, H, W] in [0, 1] of a label [B, H, W] (MADM, arXiv 2410.21708)."""
+    return table[label].permute(0, 3, 1, 2)
+
+
+def decode_palette(image: Tensor, colors: Tensor) -> Tensor:
+    """Ids [B, H, W] of the nearest colours.
+
+    Args:
+        image: [B, 3, H, W]; what lies outside [0, 1] is clipped.
+        colors: [C, 3] in [0, 1], such as the first C rows of a palette_table.
+    """
+    distances = (image.clamp(0, 1)[:, None] - colors[:, :, None, None]).square().sum(2)  # [B, C, H, W]
+    return distances.argmin(1)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
-from functional.palette import colorize, heat, overlay
+from functional.classes import class_table
+from functional.palette import colorize, decode_palette, encode_palette, heat, overlay, palette_table
 
 COLORS = ((10, 20, 30), (200, 100, 0))
 
@@ -32,3 +34,37 @@ def test_heat_runs_from_white_to_dark_blue_and_unknown_is_grey():
     assert heat(np.linspace(0, 1, 20)).sum(-1).astype(int).tolist() == sorted(
         heat(np.linspace(0, 1, 20)).sum(-1).astype(int).tolist(), reverse=True
     )
+
+
+@pytest.mark.parametrize("name", ["deliver11", "fmb9"])
+def test_a_label_survives_its_colours_and_noise_below_half_their_smallest_distance(name):
+    colors = class_table(name).colors
+    table, label = palette_table(colors), torch.arange(len(colors)).view(1, 1, -1).repeat(2, 1, 1)
+    image = encode_palette(label, table)
+    assert image.shape == (2, 3, 1, len(colors)) and table.shape == (256, 3)
+    assert torch.equal(decode_palette(image, table[: len(colors)]), label)
+    noise = torch.randn(200, 3, 1, len(colors), generator=torch.Generator().manual_seed(0))
+    noise *= 0.0724 / noise.norm(dim=1, keepdim=True)
+    noisy = decode_palette(image[:1] + noise, table[: len(colors)])
+    assert torch.equal(noisy, label[:1].expand(200, -1, -1))
+
+
+def test_the_closest_colours_of_the_palette_are_fence_and_pole():
+    table = palette_table(class_table("deliver11").colors)[:11]
+    distances = torch.cdist(table, table) + torch.eye(11)
+    assert distances.min().item() == pytest.approx(0.1451, abs=5e-5)
+    assert divmod(int(distances.argmin()), 11) == (2, 4)
+
+
+def test_colours_of_road_and_car_and_of_ignored_pixels_are_the_published_ones():
+    label = torch.tensor([[[5, 8, 255]]])
+    colors = 2 * encode_palette(label, palette_table(class_table("deliver11").colors)) - 1
+    expected = torch.tensor([[0.0039, -0.4980, 0.0039], [-1, -1, 0.1137], [-1, -1, -1]])
+    torch.testing.assert_close(colors[0, :, 0].T, expected, atol=5e-5, rtol=0)
+
+
+def test_what_lies_outside_the_range_is_clipped_before_it_is_decoded():
+    colors = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.9, 0.0]])
+    image = torch.tensor([1.0, 0.4, -9.0]).view(1, 3, 1, 1)
+    assert decode_palette(image, colors).item() == 0
+    assert decode_palette(torch.tensor([9.0, 1.5, 0.0]).view(1, 3, 1, 1), colors).item() == 1
