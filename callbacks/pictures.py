@@ -50,6 +50,25 @@ def _titled(picture: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([np.asarray(bar), picture])
 
 
+def side_by_side(panels: dict[str, np.ndarray], width: int) -> np.ndarray:
+    """Draw pictures uint8 [H, W, 3] of one size in a row, each below its title.
+
+    Args:
+        panels: picture by title.
+        width: each is at least this wide (smaller ones are enlarged by a whole factor, pixels kept).
+
+    Returns:
+        uint8 [height, total width, 3].
+    """
+    first = next(iter(panels.values()))
+    factor = max(1, -(-width // first.shape[1]))
+    gap = np.full((first.shape[0] * factor + LINE, 4, 3), 255, np.uint8)
+    row = []
+    for title, panel in panels.items():
+        row += [_titled(panel.repeat(factor, 0).repeat(factor, 1), title), gap]
+    return np.concatenate(row[:-1], 1)
+
+
 def comparison(
     image: np.ndarray,
     truth: np.ndarray | None,
@@ -74,12 +93,7 @@ def comparison(
     if truth is not None:
         panels["truth"] = colorize(truth, colors)
     panels |= {"prediction": colorize(prediction, colors), "overlay": overlay(image, prediction, colors)}
-    factor = max(1, -(-width // image.shape[1]))
-    gap = np.full((image.shape[0] * factor + LINE, 4, 3), 255, np.uint8)
-    row = []
-    for title, panel in panels.items():
-        row += [_titled(panel.repeat(factor, 0).repeat(factor, 1), title), gap]
-    top = np.concatenate(row[:-1], 1)
+    top = side_by_side(panels, width)
     shown = np.unique(prediction if truth is None else np.concatenate([truth.ravel(), prediction.ravel()]))
     present = [i for i in shown if i < len(names)]
     below = legend(

@@ -12,16 +12,22 @@ from train import main as train
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "conf/mini").glob("*.yaml"))
-DATA = "--data.train_length 4 --data.eval_length 1 --data.batch_size 2 --data.num_workers 0"
-SHORT = f"{DATA} --wandb.mode disabled"
+SHORT = "--data.batch_size 2 --data.num_workers 0 --wandb.mode disabled"
+ONE_SET = "--data.train_length 4 --data.eval_length 1"
+TWO_SETS = (
+    "--data.source.train_length 4 --data.target.train_length 4 --data.target.eval_length 1 "
+    "--data.rare_class_sampling null"
+)
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_a_mini_experiment_trains_resumes_is_scored_and_predicts(config, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # the configs name assets/mini-diffusion
     run, images, masks = (str(tmp_path / name) for name in ("run", "images", "masks"))
-    train(["--config", str(config), "--output", run, *SHORT.split(), "--trainer.max_steps", "1"])
-    train(["--config", str(config), "--output", run, *SHORT.split(), "--trainer.max_steps", "2", "--resume"])
+    sizes = TWO_SETS if "datamodules.adaptation" in config.read_text() else ONE_SET
+    words = ["--config", str(config), "--output", run, *f"{SHORT} {sizes}".split(), "--trainer.max_steps"]
+    train([*words, "1"])
+    train([*words, "2", "--resume"])
     assert json.loads(Path(run, "run.json").read_text())["step"] == 2
     test_script.main([run, "--pictures", "1"])
     assert json.loads(Path(run, "test/own-best/metrics.json").read_text())["test"]["mean"]["mIoU"] >= 0
