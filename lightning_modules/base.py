@@ -204,10 +204,12 @@ class SegmentationModule(LightningModule, ABC):
     def frozen_parameters(self) -> dict[str, Tensor]:
         """Return the weights that a checkpoint leaves out because training never changes them.
 
-        A method whose training changes weights without gradients, such as a teacher's, overrides this.
+        A network with weights that change without gradients, a teacher's, names them by teacher_parameters().
         """
+        teacher = getattr(self.network, "teacher_parameters", dict)()
+        learned = {f"network.{name}" for name in teacher}
         named = self.named_parameters(remove_duplicate=False)
-        return {name: parameter for name, parameter in named if not parameter.requires_grad}
+        return {name: p for name, p in named if not (p.requires_grad or name in learned)}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         table = self.classes

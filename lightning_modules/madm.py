@@ -200,8 +200,3 @@ class MADMTraining(SegmentationModule):
         # Here, and not in training_step, because a gradient scaler has unscaled the gradients by now.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.log("train/gradient_norm", clip_grad_norm_(parameters, self.max_gradient_norm))
-
-    def frozen_parameters(self) -> dict[str, Tensor]:
-        """As ever without the teacher's weights, which training changes without gradients."""
-        learned = {f"network.{name}" for name in self.network.teacher_parameters()}
-        return {name: value for name, value in super().frozen_parameters().items() if name not in learned}

@@ -1,18 +1,17 @@
-"""MADM's step against a plain one written down here, its clock, its checkpoints, its switches."""
+"""MADM's step against the plain one of benchmarks/, its clock, its checkpoints, its switches."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import Dataset, default_collate
 
+from benchmarks.plain_madm import plain_backward
 from callbacks.checkpoints import Checkpoints
 from callbacks.panels import Panels
-from functional.class_mix import jitter_and_blur, mix_mask
 from functional.noise import named_generator
 from lightning_modules.base import NORMALISATIONS
 from lightning_modules.madm import MADMTraining
@@ -124,48 +123,6 @@ def first_batch(pairs=1):
 # --- the step
 
 
-def plain_loss(module, image, label, target, generator):
-    """The step in the order of the paper, with its formulae: one sum of losses, both graphs alive."""
-    network, colors = module.network, torch.tensor([*module.classes.colors]).float()
-    table = torch.zeros(256, 3)
-    table[: len(colors)] = colors / 255
-
-    def encode(*images):
-        # Together, as the step does: other bits of a latent are other signs in the gradient of an L1 norm.
-        return network.encode(torch.cat(images)).chunk(len(images)) if network.lplr else [None] * len(images)
-
-    def color(label, factor):
-        return [table[label].permute(0, 3, 1, 2)] if factor else []
-
-    def cross_entropy(logits, label, weight):
-        log_p = logits.log_softmax(1).gather(1, label.clamp(max=10)[:, None])[:, 0]
-        return -(weight * log_p * (label != 255)).sum() / label.numel()
-
-    def regression(factor, latent, goal, label, quality):
-        if not factor:
-            return 0.0
-        mask = F.interpolate(((label != 255) * quality)[:, None].float(), size=latent.shape[-2:])
-        return factor * (mask * (latent - goal[0]).abs()).sum() / latent.numel()
-
-    factors, timestep = module.regression, module.timestep(generator)
-    latent, *goal, target_latent = encode(image, *color(label, factors["source"]), target)
-    source = network.student(image, latent=latent)
-    mask = mix_mask(label, generator)
-    mixed = jitter_and_blur(torch.where(mask[:, None], image, target), generator)
-    with torch.no_grad():
-        confidence, found = network.teacher(target, timestep, target_latent).logits.softmax(1).max(1)
-    quality = (confidence >= module.threshold).float().mean((1, 2))[:, None, None]
-    mixed_label = torch.where(mask, label, found)
-    latent, *mixed_goal = encode(mixed, *color(mixed_label, factors["mixed"]))
-    student = network.student(mixed, latent=latent)
-    return (
-        cross_entropy(source.logits, label, 1.0)
-        + cross_entropy(student.logits, mixed_label, torch.where(mask, 1.0, quality))
-        + regression(factors["source"], source.latent, goal, label, 1.0)
-        + regression(factors["mixed"], student.latent, mixed_goal, mixed_label, quality)
-    )
-
-
 SETTINGS = {
     "depth": ({}, {}),
     "event": ({}, {"source_regression": 20.0, "mixed_regression": 0.0}),
@@ -180,14 +137,12 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_gradients_of_the_split_step_are_those_of_one_backward_of_the_sum(tmp_path, build, setting):
     options, arguments = SETTINGS[setting]
-    module, parts = build(options, **arguments), arguments.get("micro_batches", 1)
+    module = build(options, **arguments)
     watch = fit(module, tmp_path, data=Pairs(2))
     other, batch = build(options, **arguments), first_batch(2)
     other._trainer = None
-    images = batch["source"]["image"], batch["source"]["label"], batch["target"]["image"]
-    for part, piece in enumerate(zip(*(tensor.chunk(parts) for tensor in images), strict=True)):
-        generator = named_generator(f"step 0 part {part}", other.seed)
-        (plain_loss(other, *piece, generator) / parts).backward()
+    # Encoded together, as in the step: other bits of a latent are other signs in the gradient of an L1 norm.
+    plain_backward(other, batch, other.encode)
     expected = {n: p.grad for n, p in other.network.named_parameters() if p.grad is not None}
     assert (
         watch.gradients[0].keys()

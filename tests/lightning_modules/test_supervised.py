@@ -33,3 +33,17 @@ def test_training_changes_exactly_what_is_trainable_and_learns(tmp_path):
     assert changed == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
     assert trainer.callback_metrics["train/loss"] < 2.3  # chance is log(11) = 2.398
     assert trainer.callback_metrics["train/pixel_accuracy"] > 100 / 11
+
+
+def test_one_part_of_a_joined_batch_is_learnt_from():
+    module = tiny_module()
+    batch = {"image": torch.rand(1, 3, 16, 16), "label": torch.zeros(1, 16, 16, dtype=torch.long)}
+    module.log = lambda *args, **kwargs: None
+    module.part = "source"
+    joined = {"source": batch, "target": {"image": torch.rand(1, 3, 16, 16)}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        loss = module.training_step(joined, 0)
+    module.part = None
+    torch.manual_seed(0)
+    torch.testing.assert_close(module.training_step(batch, 0), loss)
