@@ -19,6 +19,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         train_conditions: what training scenes take in turn; None leaves each its own (day 40 %, others 15 %).
         modality: sensor of the training images: "rgb", "depth", "infrared" or "event".
         eval_modality: sensor of the evaluation images; None for the same.
+        eval_conditions: conditions of which there is an evaluation set; None for all five.
         size: side in pixels, 64..512.
         train_length: number of training scenes.
         train_offset: index of the first of them, so that source and target need not show the same scenes.
@@ -34,6 +35,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         train_conditions: list[str] | None = None,
         modality: str = "rgb",
         eval_modality: str | None = None,
+        eval_conditions: list[str] | None = None,
         size: int = 128,
         train_length: int = 2000,
         train_offset: int = 0,
@@ -56,7 +58,7 @@ class MiniStreetDataModule(SegmentationDataModule):
                 condition: MiniStreetDataset(
                     split, eval_length, eval_style, [condition], eval_modality or modality, size
                 )
-                for condition in CONDITIONS
+                for condition in eval_conditions or CONDITIONS
             }
             for split in EVALUATION_SPLITS
         }

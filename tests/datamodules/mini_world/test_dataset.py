@@ -125,6 +125,12 @@ def test_training_and_evaluation_can_differ_in_style_and_sensor():
     assert not np.array_equal(game, rgb)
 
 
+def test_evaluation_can_be_restricted_to_some_conditions():
+    data = MiniStreetDataModule(size=64, train_length=1, eval_length=1, eval_conditions=["snow", "day"])
+    assert data.test_set_names == ["snow", "day"]
+    assert data.eval_datasets("test")["snow"][0]["name"].endswith("snow")
+
+
 def test_the_object_datamodule_restricts_categories():
     data = MiniObjectsDataModule(
         categories=["mug", "key"], size=80, train_length=3, eval_length=2, batch_size=3
