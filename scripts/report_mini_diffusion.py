@@ -288,7 +288,7 @@ def attention_section(args, diffusion: StableDiffusion) -> dict:
     for name, model in (("trained", diffusion), ("untrained", untrained)):
         found = object_attention_report(model, 2 * args.scenes, args.seeds)
         report |= {f"objects, {kind}, {name}": values for kind, values in found.items()}
-    report["streets"] = street_attention_report(diffusion, args.scenes, args.seeds)
+    report["streets"] = street_attention_report(diffusion, args.scenes // 2, args.seeds)
     Image.fromarray(attention_sheet(diffusion, 8, args.seeds[0])).save(args.output / "attention.png")
     return report
 

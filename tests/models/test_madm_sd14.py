@@ -1,59 +1,17 @@
 """MADM on the sizes of Stable Diffusion 1.4: its configs and tensors without memory."""
 
-import json
 from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from benchmarks.madm import random_sd14
 from lightning_modules.base import parameter_groups
-from models.diffusion.stable_diffusion import StableDiffusion
 from models.madm import MADM
 
-UNET = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "layers_per_block": 2,
-}
-VAE = {
-    "sample_size": 512,
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-TEXT = {"hidden_size": 768, "max_position_embeddings": 77}
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-}
 
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd14")
-    for part, config in {"unet": UNET, "vae": VAE, "text_encoder": TEXT}.items():
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(config))
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-
-    def build(num_classes, **options):
-        diffusion = StableDiffusion(str(folder), parts=())
-        with torch.device("meta"):
-            diffusion.unet = UNet2DConditionModel.from_config(UNET)
-            diffusion.vae = AutoencoderKL.from_config(VAE).requires_grad_(False)
-            diffusion.text_cache[""] = torch.empty(77, 768)
-        diffusion.parts = ("unet", "vae_encoder", "vae_decoder")
-        return MADM(diffusion, num_classes, **options).to("meta")
-
-    return build
+def build(num_classes, **options):
+    return MADM(random_sd14("meta"), num_classes, **options).to("meta")
 
 
 def count(module):
@@ -61,7 +19,7 @@ def count(module):
 
 
 @pytest.mark.parametrize(("num_classes", "total"), [(11, 865_808_715), (9, 865_808_201)])
-def test_the_trained_parameters_are_the_published_ones(build, num_classes, total):
+def test_the_trained_parameters_are_the_published_ones(num_classes, total):
     network = build(num_classes)
     unet = network.diffusion.unet
     assert count(network) == total
@@ -83,7 +41,7 @@ def test_the_trained_parameters_are_the_published_ones(build, num_classes, total
     assert sum(p.numel() for group in groups for p in group["params"]) == total
 
 
-def test_trained_output_layers_and_an_own_unet_of_the_teacher_add_what_they_weigh(build):
+def test_trained_output_layers_and_an_own_unet_of_the_teacher_add_what_they_weigh():
     assert count(build(11, train_output_layers=True)) == 865_808_715 + 12_164
     network = build(11, ema_unet=True)
     assert count(network) == 865_808_715
@@ -91,7 +49,7 @@ def test_trained_output_layers_and_an_own_unet_of_the_teacher_add_what_they_weig
 
 
 @pytest.mark.parametrize("size", [(512, 512), (256, 512)])
-def test_features_have_the_published_shapes(build, monkeypatch, size):
+def test_features_have_the_published_shapes(monkeypatch, size):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know meta tensors
     network, shapes, raw = build(11), {}, {}
     for name, projection in zip(("s0", "s3", "s4", "s5"), network.adapter.projections, strict=True):
@@ -113,7 +71,7 @@ def test_features_have_the_published_shapes(build, monkeypatch, size):
     assert output.latent.shape == (1, 4, height // 8, width // 8)
 
 
-def test_without_lplr_the_finest_feature_is_that_of_stride_4(build, monkeypatch):
+def test_without_lplr_the_finest_feature_is_that_of_stride_4(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     network = build(11, lplr=False)
     assert network.encoder_layer is network.diffusion.vae.encoder.down_blocks[2].resnets[0]
