@@ -135,6 +135,11 @@ class SegmentationCLI(LightningCLI):
             return
         if self.checkpoint:
             checkpoint = load_checkpoint(self.checkpoint)
+            if "optimizer_states" not in checkpoint:
+                raise UsageError(
+                    f"{self.checkpoint} holds weights only, so its training cannot go on.\n"
+                    "Score it with test.py, or train a new run in another --output."
+                )
             check_unchanged(
                 parse_yaml(checkpoint["config"], f"the config in {self.checkpoint}"), self.resolved()
             )

@@ -200,6 +200,15 @@ def test_resuming_a_finished_run_says_so_and_succeeds(config, capsys):
     assert "already finished: step 2" in capsys.readouterr().out.replace("has ", "")
 
 
+def test_a_checkpoint_of_weights_only_cannot_be_resumed(config, capsys):
+    main(["--config", config])
+    path = Path("runs/tiny/checkpoints/last.ckpt")
+    checkpoint = torch.load(path)
+    torch.save({k: v for k, v in checkpoint.items() if k != "optimizer_states"}, path)
+    message = error_of(["--config", config, "--trainer.max_steps", "4", "--resume"], capsys)
+    assert "holds weights only" in message and "test.py" in message
+
+
 def test_resume_without_a_checkpoint_starts_at_the_first_step(config):
     main(["--config", config, "--resume"])
     assert json.loads(Path("runs/tiny/run.json").read_text())["step"] == 2
