@@ -107,20 +107,3 @@ def complete(self_attention: Tensor, fused: Tensor) -> Tensor:
         [B, h, w].
     """
     return (self_attention @ fused.flatten(1)[..., None]).view_as(fused)
-
-
-def word_positions(prompt: Sequence[int], word: Sequence[int]) -> list[int]:
-    """Positions of a word's tokens in a prompt's: of its first occurrence.
-
-    Args:
-        prompt: token ids of the whole prompt, with begin and end.
-        word: token ids of the word alone, without them.
-
-    Raises:
-        ValueError: the prompt does not hold the word.
-    """
-    prompt, word = list(prompt), list(word)
-    for start in range(len(prompt) - len(word) + 1):
-        if word and prompt[start : start + len(word)] == word:
-            return list(range(start, start + len(word)))
-    raise ValueError(f"The prompt {prompt} holds no {word}: give a prompt that names the word as it stands.")

@@ -45,6 +45,7 @@ from scripts.mini_diffusion.samples import (
     score_controlled,
     score_samples,
 )
+from scripts.mini_diffusion.state import weights_fingerprint
 from scripts.train_mini_controlnet import CONTROLS
 
 PROMPTS = (
@@ -321,12 +322,17 @@ def samples_section(args, diffusion: StableDiffusion) -> dict:
     return report
 
 
+def controlnet_folder(model: Path, kind: str) -> Path:
+    """Where the ControlNet of a kind lies: beside the model."""
+    return model.with_name(f"mini-controlnet-{kind}")
+
+
 def control_section(args, diffusion: StableDiffusion) -> dict:
     """Whether the object drawn with a ControlNet fills its control mask, and a grid of both kinds."""
     _, segmenter = train_judges(args.judges)
     drawn = {}
     for kind in CONTROLS:
-        folder = args.model.with_name(f"mini-controlnet-{kind}")
+        folder = controlnet_folder(args.model, kind)
         drawn[kind] = sample_controlled(args.model, folder, kind, args.samples, 4.0, args.seeds[0])
     Image.fromarray(control_grid(drawn, 10)).save(args.output / "control.png")
     return {kind: score_controlled(segmenter, samples) for kind, samples in drawn.items()}
@@ -360,6 +366,15 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def earlier_sections(path: Path, of: dict) -> dict:
+    """The sections of a report that was measured of the same; of another, none, and a line that says so."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier and earlier.get("of") != of:
+        print(f"{path} was measured of {earlier.get('of')}, not of {of}: it is begun anew.")
+        return {}
+    return earlier.get("sections", {})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -382,15 +397,20 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of probe, noise and untrained weights"
     )
     args = parser.parse_args(argv)
+    nets = [controlnet_folder(args.model, kind) for kind in CONTROLS] if "control" in args.sections else []
+    if missing := [net for net in nets if not (net / "config.json").is_file()]:
+        parser.error(f"{missing[0]} holds no ControlNet: train it, or leave out the section control.")
     args.output.mkdir(parents=True, exist_ok=True)
     parts = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
     diffusion = StableDiffusion(str(args.model), parts=parts)
     path = args.output / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    of = {"weights": weights_fingerprint(args.model), "scenes": args.scenes, "seeds": args.seeds}
+    of["samples"] = args.samples
+    report = earlier_sections(path, of)
     for section in args.sections:
         report[section] = SECTIONS[section](args, diffusion)
         report = {name: report[name] for name in SECTIONS if name in report}
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
+        write_atomically(path, json.dumps({"of": of, "sections": report}, indent=2) + "\n")
         write_atomically(args.output / "report.md", markdown(report))
         print(markdown({section: report[section]}), flush=True)
 

@@ -86,14 +86,13 @@ class ObjectClassifier(nn.Module):
     def loss(self, image: Tensor, scenes: Scenes, chosen: Tensor) -> Tensor:
         """Sum of the cross-entropies of both; image [B, 3, 64, 64] shows the chosen scenes [B]."""
         category, color = self(image)
-        of_category = F.cross_entropy(category, scenes.category[chosen].to(image.device))
-        return of_category + F.cross_entropy(color, scenes.color[chosen].to(image.device))
+        of_category = F.cross_entropy(category, scenes.category[chosen])
+        return of_category + F.cross_entropy(color, scenes.color[chosen])
 
     @torch.no_grad()
     def name(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of category and colour, [N] each, on the CPU, of an image [N, 3, 64, 64] in [0, 1]."""
-        device = self.head.weight.device
-        logits = [self(part.to(device)) for part in image.split(64)]
+        logits = [self(part) for part in image.split(64)]
         category, color = (torch.cat(parts).argmax(1).cpu() for parts in zip(*logits, strict=True))
         return category, color
 
@@ -128,13 +127,12 @@ class ObjectSegmenter(nn.Module):
     def loss(self, image: Tensor, scenes: Scenes, chosen: Tensor) -> Tensor:
         """Binary cross-entropy over all pixels; image [B, 3, H, W] shows the chosen scenes [B]."""
         mask = (scenes.label[chosen] > 0).float()
-        return F.binary_cross_entropy_with_logits(self(image), mask.to(image.device))
+        return F.binary_cross_entropy_with_logits(self(image), mask)
 
     @torch.no_grad()
     def find(self, image: Tensor) -> Tensor:
         """Masks of the objects, bool [N, H, W], on the CPU, of an image [N, 3, H, W] in [0, 1]."""
-        device = self.head.weight.device
-        return torch.cat([self(part.to(device)).cpu() > 0 for part in image.split(64)])
+        return torch.cat([self(part) > 0 for part in image.split(64)])
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -149,18 +147,16 @@ def blurred(image: Tensor, generator: torch.Generator) -> Tensor:
     return image
 
 
-def fit(
-    judge: nn.Module, scenes: Scenes, steps: int, batch: int, lr: float, device: str, seed: int
-) -> nn.Module:
+def fit(judge: nn.Module, scenes: Scenes, steps: int, batch: int, lr: float, seed: int) -> nn.Module:
     """Train a judge on the scenes with AdamW under a one-cycle rate and leave it in eval mode."""
-    judge.train().to(device, memory_format=torch.channels_last)
+    judge.train().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     for _ in tqdm(range(steps), desc=type(judge).__name__, unit="step"):
         chosen = torch.randint(len(scenes.image), (batch,), generator=generator)
         image = blurred(scenes.image[chosen].float() / 255, generator)
-        loss = judge.loss(image.to(device, memory_format=torch.channels_last), scenes, chosen)
+        loss = judge.loss(image.to(memory_format=torch.channels_last), scenes, chosen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -176,7 +172,7 @@ def recipe_key(kind: str, judge: nn.Module, seed: int) -> str:
     return digest.hexdigest()[:12]
 
 
-def trained(kind: str, folder: Path, device: str, seed: int) -> ObjectClassifier | ObjectSegmenter:
+def trained(kind: str, folder: Path, seed: int) -> ObjectClassifier | ObjectSegmenter:
     """Read a judge from the folder, or train it and leave it there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -184,10 +180,10 @@ def trained(kind: str, folder: Path, device: str, seed: int) -> ObjectClassifier
     path = folder / f"{kind}-{recipe_key(kind, judge, seed)}.safetensors"
     if path.exists():
         judge.load_state_dict(load_file(path))
-        return judge.to(device).eval()
+        return judge.eval()
     recipe = dict(RECIPES[kind])
     scenes = object_scenes("train", recipe.pop("scenes"), recipe.pop("count"))
-    fit(judge, scenes, **recipe, device=device, seed=seed)
+    fit(judge, scenes, **recipe, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({name: x.cpu().contiguous() for name, x in judge.state_dict().items()}, temporary)
@@ -195,16 +191,14 @@ def trained(kind: str, folder: Path, device: str, seed: int) -> ObjectClassifier
     return judge
 
 
-def train_judges(
-    folder: Path, device: str = "cpu", seed: int = 0
-) -> tuple[ObjectClassifier, ObjectSegmenter]:
+def train_judges(folder: Path, seed: int = 0) -> tuple[ObjectClassifier, ObjectSegmenter]:
     """Both judges, in eval mode, and a line on what they reach on real held-out scenes.
 
     Args:
         folder: where trained weights are kept; those of the same recipe and seed are read instead of trained.
         seed: of the first weights and of the batches.
     """
-    judges = trained("classifier", folder, device, seed), trained("segmenter", folder, device, seed)
+    judges = trained("classifier", folder, seed), trained("segmenter", folder, seed)
     scores = ", ".join(f"{name} {value:.1f}" for name, value in score_judges(*judges).items())
     print(f"judges on held-out scenes: {scores}")
     return judges

@@ -86,11 +86,9 @@ def draw(
     return torch.stack(images)
 
 
-def sample_objects(
-    folder: Path, count: int, guidance: float, seed: int, steps: int = 30, device: str = "cpu"
-) -> Samples:
+def sample_objects(folder: Path, count: int, guidance: float, seed: int, steps: int = 30) -> Samples:
     """Ask the model in `folder` for single objects of all categories and colours."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     things = things_to_ask(count, seed)
     return Samples(draw(pipeline, [thing.prompt for thing in things], guidance, seed, steps), things)
 
@@ -103,7 +101,6 @@ def sample_controlled(
     guidance: float,
     seed: int,
     steps: int = 30,
-    device: str = "cpu",
 ) -> Samples:
     """Draw the first single-object scenes of the split test anew, from their labels and their full captions.
 
@@ -113,7 +110,7 @@ def sample_controlled(
     controlnet = ControlNetModel.from_pretrained(controlnet_folder, dtype=torch.float32)
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(
         folder, controlnet=controlnet, dtype=torch.float32
-    ).to(device)
+    )
     scenes = [render_objects("test", i, size=SIZE, count=1) for i in range(count)]
     label = torch.from_numpy(np.stack([scene["label"] for scene in scenes]))
     things = [Thing(*scene["objects"][0], scene["caption_facts"]["background"]) for scene in scenes]

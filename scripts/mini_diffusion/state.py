@@ -8,8 +8,8 @@ import torch
 # What makes the training of each stage another one.
 OPTIONS = {
     "vae": ("init_from", "seed", "vae_batch"),
-    "unet": ("init_from", "seed", "lr", "batch"),
-    "controlnet": ("kind", "model", "init_from", "seed", "lr", "batch"),
+    "unet": ("init_from", "seed", "lr", "batch", "scenes"),
+    "controlnet": ("kind", "model", "init_from", "seed", "lr", "batch", "scenes"),
 }
 
 

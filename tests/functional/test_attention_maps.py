@@ -11,7 +11,6 @@ from functional.attention_maps import (
     mean_by_level,
     stretch,
     word_map,
-    word_positions,
 )
 
 CROSS = "transformer_blocks.0.attn2"
@@ -109,12 +108,20 @@ def test_completion_by_the_identity_or_a_uniform_map():
     assert_close(complete(torch.full((1, 16, 16), 1 / 16), fused), fused.mean().expand(1, 4, 4))
 
 
-def test_a_word_is_found_by_its_tokens():
-    assert word_positions([0, 5, 6, 7, 6, 8, 1], [6]) == [2]
-    assert word_positions([0, 5, 6, 7, 6, 8, 1], [6, 8]) == [4, 5]
+def test_the_published_weights_on_linear_ramps():
+    maps = {level: torch.arange(64 >> level).float().expand(1, 64 >> level, -1) for level in range(4)}
+    row = fuse_levels(maps, (64, 64))[0, 0]
+    expected = torch.tensor([0, 0.002394, 0.491555, 0.508445, 1])
+    assert_close(row[[0, 1, 31, 32, 63]], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("word", [[9], [7, 5], []])
-def test_a_word_that_is_not_in_the_prompt_is_refused(word):
-    with pytest.raises(ValueError, match="holds no"):
-        word_positions([0, 5, 6, 7, 1], word)
+def test_completion_of_an_impulse_by_hand():
+    attention = torch.tensor([[[0.9, 0.1], [0.6, 0.4]]])
+    assert_close(complete(attention, torch.tensor([[[1.0, 0.0]]])), torch.tensor([[[0.9, 0.6]]]))
+
+
+def test_the_scale_of_the_self_attention_does_not_matter():
+    attention, fused = torch.randn(1, 16, 16).softmax(-1), torch.rand(1, 4, 4)
+    assert_close(
+        stretch(complete(7 * attention, fused)), stretch(complete(attention, fused)), atol=1e-6, rtol=0
+    )

@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from datamodules.mini_world.street import render_street
+from functional.classes import DELIVER11
 from models.diffusion.stable_diffusion import StableDiffusion
 from scripts.mini_diffusion.attention_report import (
     THRESHOLDS,
@@ -79,11 +81,13 @@ def test_weights_sum_to_one():
     assert len(choices) == 56 and all(sum(c) == pytest.approx(1) for c in choices)
 
 
-def test_the_prior_is_the_mean_label_map():
-    words = made_words()
-    prior = position_prior(words, words)
-    assert_close(prior[0, 0], (words.mask[0].float() + words.mask[2].float()) / 2)
-    assert_close(prior[1, 0], words.mask[1].float() / 2)
+def test_the_prior_is_the_frequency_of_the_class_in_training_scenes():
+    words = street_words("val", 1)
+    prior = position_prior(words, scenes=4)
+    labels = np.stack([render_street("train", i)["label"] for i in range(4)])
+    road = words.name.index("road")
+    assert_close(prior[road, 0], torch.from_numpy((labels == DELIVER11.names.index("road")).mean(0)).float())
+    assert prior.shape == (len(words.name), 1, 128, 128)
 
 
 def test_maps_of_the_mini_model_depend_on_the_noise_and_the_word():

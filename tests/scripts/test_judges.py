@@ -68,7 +68,7 @@ def test_scenes_of_the_classifier_show_the_one_object_that_their_ids_name():
 def test_the_classifier_learns_the_categories_it_saw_and_the_colours_of_unseen_scenes():
     torch.manual_seed(0)
     seen, unseen = object_scenes("train", 32, 1), object_scenes("test", 64, 1)
-    classifier = fit(ObjectClassifier(), seen, 60, 8, 3e-3, "cpu", seed=0)
+    classifier = fit(ObjectClassifier(), seen, 60, 8, 3e-3, seed=0)
     category, _ = classifier.name(seen.image / 255)
     _, color = classifier.name(unseen.image / 255)
     assert not classifier.training and category.shape == (32,)
@@ -78,7 +78,7 @@ def test_the_classifier_learns_the_categories_it_saw_and_the_colours_of_unseen_s
 
 def test_the_segmenter_learns_to_find_objects_of_unseen_scenes():
     torch.manual_seed(0)
-    segmenter = fit(ObjectSegmenter(), object_scenes("train", 128, None), 35, 8, 3e-3, "cpu", seed=0)
+    segmenter = fit(ObjectSegmenter(), object_scenes("train", 128, None), 35, 8, 3e-3, seed=0)
     unseen = object_scenes("test", 32, None)
     found, mask = segmenter.find(unseen.image / 255), unseen.label > 0
     assert found.shape == mask.shape and found.dtype == torch.bool

@@ -151,7 +151,7 @@ def test_the_command_writes_numbers_for_each_seed_and_pictures(folder, tmp_path,
     words = ["--model", str(folder), "--output", str(output), "--scenes", "2", "--seeds", "0", "3"]
     sections = ["autoencoder", "probe", "captions", "inversion"]
     main([*words, "--sections", *sections])
-    report = json.loads((output / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text())["sections"]
     assert list(report) == sections
     probe = report["probe"]
     assert set(probe["trained, seed 0"]) == {*CONDITIONS, "mixed"}
@@ -159,17 +159,26 @@ def test_the_command_writes_numbers_for_each_seed_and_pictures(folder, tmp_path,
         assert probe[f"{kind}, seed 0"] != probe[f"{kind}, seed 3"]
     assert probe["trained, seed 0"] != probe["untrained, seed 0"]
     assert Image.open(output / "autoencoder_street.png").size == (2 * 128, 2 * 128)
-    # a section measured again leaves the others as they are
-    main([*words[:-2], "0", "--sections", "captions"])
-    again = json.loads((output / "report.json").read_text())
-    assert again["probe"] == probe and again["captions"] != report["captions"]
+    # a section measured again leaves the others as they are, unless they are of other seeds
+    main([*words, "--sections", "captions"])
+    assert json.loads((output / "report.json").read_text())["sections"] == report
     assert (output / "report.md").read_text().count("| captions |") == 16
+    main([*words[:-1], "--sections", "captions"])
+    assert list(json.loads((output / "report.json").read_text())["sections"]) == ["captions"]
+    assert "it is begun anew" in capsys.readouterr().out
+
+
+def test_a_missing_controlnet_is_said_before_anything_is_measured(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", str(folder), "--output", str(tmp_path / "none"), "--sections", "control"])
+    assert "mini-controlnet-mask holds no ControlNet" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
 def test_the_command_measures_attention_of_the_mini_model(tmp_path):
     main(["--output", str(tmp_path), "--scenes", "2", "--seeds", "0", "--sections", "attention"])
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert set(report["attention"]) == {
         "streets",
         *(f"objects, {k}, {n}" for k in ("cross-attention", "completed") for n in ("trained", "untrained")),

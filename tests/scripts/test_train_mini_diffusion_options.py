@@ -92,6 +92,7 @@ def test_the_stage_vae_alone_takes_all_of_the_time_and_saves_no_model(usual, tmp
         ("--vae-batch 3", "vae.pt", "--vae-batch was 2 and is 3"),
         ("--stages unet --lr 0.01", "unet.pt", "--lr was 0.001 and is 0.01"),
         ("--stages unet --batch 8", "unet.pt", "--batch was 4 and is 8"),
+        ("--stages unet --scenes 9", "unet.pt", "--scenes was [0-9]+ and is 9"),
         ("--init-from MODEL", "vae.pt", "--init-from was None and is weights with sha256 "),
         ("--stages unet --init-from MODEL", "unet.pt", "--init-from was None and is weights with sha256 "),
     ],
