@@ -44,11 +44,16 @@ def few_images(*_) -> VaeImages:
 def few_scenes(count: int) -> dict:
     rng = np.random.default_rng(0)
 
-    def pictures(size: int) -> list:
-        captions = ["a photo of a red car", "a blue boat"]
+    def pictures(size: int, captions=("a photo of a red car", "a blue boat")) -> list:
+        captions = list(captions)
         return [(rng.integers(0, 256, (size, size, 3), dtype=np.uint8), captions) for _ in range(count)]
 
-    return {"objects": pictures(64), "crops": pictures(64), "whole": pictures(128)}
+    return {
+        "objects": pictures(64),
+        "crops": pictures(64),
+        "sensors": pictures(64, [""]),
+        "whole": pictures(128),
+    }
 
 
 @dataclass

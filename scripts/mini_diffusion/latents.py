@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from functional.fingerprint import weights_sha256
-from scripts.mini_diffusion.scenes import captioned_scenes, labelled_scenes
+from scripts.mini_diffusion.scenes import captioned_scenes, labelled_scenes, scenes_digest
 from scripts.mini_diffusion.state import save_state
 
 WHOLE_SHARE = 0.1  # of the batches
-OBJECT_SHARE = 0.75  # of the other batches
+OBJECT_SHARE, SENSOR_SHARE = 0.7, 0.12  # of the other batches; what remains are street crops
 
 
 @dataclass
@@ -28,15 +28,15 @@ class Latents:
     def batch(self, generator: np.random.Generator, batch: int, device: str) -> dict:
         """A batch of one resolution: "latent" [B, 4, h, w] float32 and "tokens" [B, tokens].
 
-        One batch in ten holds whole street scenes (a quarter as many), the others three objects for a street
-        crop: on objects alone a caption tells what the noised picture does not. One caption in ten is empty:
-        classifier-free guidance needs it (arXiv 2207.12598, algorithm 1).
+        One batch in ten holds whole street scenes (a quarter as many), the others mostly objects, because on
+        those alone a caption tells what the noised picture does not, and crops of streets and sensors. One
+        caption in ten is empty: classifier-free guidance needs it (arXiv 2207.12598, algorithm 1).
         """
         if generator.random() < WHOLE_SHARE:
             parts = {"whole": max(batch // 4, 1)}
         else:
-            objects = round(OBJECT_SHARE * batch)
-            parts = {"objects": objects, "crops": batch - objects}
+            objects, sensors = round(OBJECT_SHARE * batch), round(SENSOR_SHARE * batch)
+            parts = {"objects": objects, "sensors": sensors, "crops": batch - objects - sensors}
         latent, tokens = [], []
         for kind, count in parts.items():
             chosen = torch.from_numpy(generator.integers(len(self.latent[kind]), size=count))
@@ -76,6 +76,11 @@ def encode(vae, pictures: Sequence[np.ndarray], device: str, batch: int = 64) ->
     return torch.cat(latents) * vae.config.scaling_factor
 
 
+def cache_key(vae, tokenizer, scenes: int) -> str:
+    """What cached latents depend on."""
+    return f"{weights_sha256(vae)} {scenes} {len(tokenizer)} {scenes_digest()}"
+
+
 def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
     """What `path` holds, if it was stored under this key; else what make() returns, stored there."""
     if path.exists():
@@ -88,7 +93,7 @@ def cached(path: Path, key: str, make: Callable[[], dict]) -> dict:
 
 
 def cached_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> Latents:
-    """Encode the training scenes, or read them from `path` if they were made by the same autoencoder."""
+    """Encode the training scenes, or read them from `path` if nothing that they depend on has changed."""
 
     def make() -> dict:
         latent, tokens = {}, {}
@@ -97,7 +102,7 @@ def cached_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> Late
             tokens[kind] = tokenize(tokenizer, [captions for _, captions in pairs])
         return {"latent": latent, "tokens": tokens, "empty": tokenize(tokenizer, [[""]])[0, 0]}
 
-    return Latents(**cached(path, f"{weights_sha256(vae)} {scenes} {len(tokenizer)}", make))
+    return Latents(**cached(path, cache_key(vae, tokenizer, scenes), make))
 
 
 @dataclass
@@ -124,7 +129,7 @@ class LabelledLatents:
 
 
 def cached_labelled_latents(vae, tokenizer, path: Path, scenes: int, device: str) -> LabelledLatents:
-    """Encode the object scenes, or read them from `path` if they were made by the same autoencoder."""
+    """Encode the object scenes, or read them from `path` if nothing that they depend on has changed."""
 
     def make() -> dict:
         pictures, captions, labels = zip(*labelled_scenes(scenes), strict=True)
@@ -135,4 +140,4 @@ def cached_labelled_latents(vae, tokenizer, path: Path, scenes: int, device: str
             "empty": tokenize(tokenizer, [[""]])[0, 0],
         }
 
-    return LabelledLatents(**cached(path, f"{weights_sha256(vae)} {scenes} {len(tokenizer)}", make))
+    return LabelledLatents(**cached(path, cache_key(vae, tokenizer, scenes), make))

@@ -1,5 +1,6 @@
 """The pictures the mini diffusion model is trained on: rendered once, by several processes."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -129,14 +130,37 @@ def captioned_street(index: int, captions: int) -> dict:
     return {"image": image, "captions": describe(label), "crops": crops}
 
 
+def sensor_crop(index: int, captions: int) -> tuple[np.ndarray, list[str]]:
+    """A crop [64, 64, 3] of a depth, infrared or event image, in turn, with empty captions.
+
+    Stable Diffusion has seen pictures of all kinds. Nothing is said of these, so that no label of a sensor
+    enters what is later adapted to it.
+    """
+    rng, kind = np.random.default_rng((3, index)), ("depth", "infrared", "event")[index % 3]
+    picture = MiniStreetDataset("train", index + 1, modality=kind)[index]["image"]
+    top, left = rng.integers(0, picture.shape[0] - CROP + 1, size=2)
+    return picture[top : top + CROP, left : left + CROP], [""] * captions
+
+
+def scenes_digest() -> str:
+    """A name for how scenes and captions are drawn: it changes with most changes of either."""
+    first = [captioned_object(i, OBJECT_CAPTIONS) for i in range(8)]
+    first += [captioned_street(0, STREET_CAPTIONS)["crops"][0], sensor_crop(0, 1)]
+    digest = hashlib.sha256()
+    for picture, captions in first:
+        digest.update(picture.tobytes() + "\n".join(captions).encode())
+    return digest.hexdigest()[:12]
+
+
 def captioned_scenes(scenes: int) -> dict[str, list[tuple[np.ndarray, list[str]]]]:
-    """`scenes` object scenes, a quarter as many street crops (64 px), a sixteenth whole streets (128 px)."""
+    """`scenes` object scenes, a quarter as many street and sensor crops, a sixteenth whole streets."""
     objects = render_all(partial(captioned_object, captions=OBJECT_CAPTIONS), scenes, "object scenes")
     draw_street = partial(captioned_street, captions=STREET_CAPTIONS)
     street = render_all(draw_street, (scenes + 7) // 8, "street scenes")
+    sensors = render_all(partial(sensor_crop, captions=1), (scenes + 3) // 4, "sensor crops")
     crops = [crop for scene in street for crop in scene["crops"]]
     whole = [(scene["image"], scene["captions"]) for scene in street[: (scenes + 15) // 16]]
-    return {"objects": objects, "crops": crops, "whole": whole}
+    return {"objects": objects, "crops": crops, "sensors": sensors, "whole": whole}
 
 
 def labelled_scenes(scenes: int) -> list[tuple[np.ndarray, list[str], np.ndarray]]:

@@ -15,7 +15,7 @@ from scripts.mini_diffusion.layout import (
     save_pipeline,
 )
 from scripts.mini_diffusion.loop import draw_timesteps
-from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_picture
+from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_crop, sensor_picture
 from scripts.train_mini_diffusion import (
     Clock,
     cosine_rate,
@@ -57,6 +57,13 @@ def test_street_crops_are_described_by_what_they_show():
     assert all(crop.shape == (64, 64, 3) and len(captions) == 4 for crop, captions in scene["crops"])
 
 
+def test_sensor_crops_take_turns_and_say_nothing():
+    crops = [sensor_crop(i, 2) for i in range(3)]
+    assert all(picture.shape == (64, 64, 3) and captions == ["", ""] for picture, captions in crops)
+    depth, infrared, event = (picture.astype(int) for picture, _ in crops)
+    assert (np.ptp(depth, -1) == 0).all() and (np.ptp(infrared, -1) == 0).all() and np.ptp(event, -1).any()
+
+
 def test_the_autoencoder_sees_each_sensor_and_the_palette():
     pictures = [sensor_picture(i) for i in range(4)]
     assert all(picture.shape == (128, 128, 3) and picture.dtype == np.uint8 for picture in pictures)
@@ -84,6 +91,7 @@ def make_latents(tokens=6):
     latent = {
         "objects": torch.ones(5, 4, 8, 8),
         "crops": torch.full((5, 4, 8, 8), 2.0),
+        "sensors": torch.full((5, 4, 8, 8), 3.0),
         "whole": torch.zeros(3, 4, 16, 16),
     }
     ids = {kind: torch.ones(len(value), 2, tokens, dtype=torch.int16) for kind, value in latent.items()}
@@ -159,9 +167,7 @@ def test_an_average_moves_by_its_decay_and_takes_no_gradient():
     assert not any(p.requires_grad for p in average.parameters())
 
 
-def test_latents_are_encoded_again_for_another_autoencoder_or_number_of_scenes(
-    tmp_path, tokenizer, monkeypatch
-):
+def test_latents_are_encoded_again_for_another_autoencoder_or_other_scenes(tmp_path, tokenizer, monkeypatch):
     drawn = []
 
     def scenes(count):
@@ -178,6 +184,9 @@ def test_latents_are_encoded_again_for_another_autoencoder_or_number_of_scenes(
         vae.quant_conv.bias += 1
     cached_latents(vae, tokenizer, path, 3, "cpu")
     assert drawn == [2, 3, 3]
+    monkeypatch.setattr("scripts.mini_diffusion.scenes.OBJECT_CAPTIONS", 2)
+    cached_latents(vae, tokenizer, path, 3, "cpu")
+    assert drawn == [2, 3, 3, 3]
 
 
 @pytest.mark.slow
