@@ -94,6 +94,8 @@ def read_counts(path: str | Path, dataset: LabelledDataset) -> np.ndarray:
         else:
             stored, samples, keys = None, daformer_counts(found), [Path(name).name for name in names]
         samples = {name: {int(c): int(n) for c, n in counts.items()} for name, counts in samples.items()}
+        if wrong := {c for counts in samples.values() for c in counts if not 0 <= c < IGNORE_INDEX}:
+            raise ValueError(f"class ids {sorted(wrong)} outside 0..254")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} holds no class counts of ours or DAFormer's: found {type(error).__name__} ({error}). "

@@ -32,7 +32,8 @@ class FileDataset(Dataset):
         root: folder that the paths of `pairs` start from.
         pairs: the samples, in order.
         table: class ids by stored id, see lookup_table.
-        size: height and width of the samples (image bilinear, label nearest); None for those of the files.
+        size: height and width of the samples (image bilinear, label nearest, each resized alone, as MADM's
+            code does); None for those of the files, which must then be equal for an image and its label.
         rescale_16_bit, first_channel: see read_image and read_label.
     """
 
@@ -73,7 +74,8 @@ class FileDataset(Dataset):
         sample = {"image": image, "name": str(PurePosixPath(pair.image).with_suffix(""))}
         if pair.label is not None:
             label = self.label_map[self.read_label(index)]
-            check_sizes(self.root, pair, image, label)
+            if self.size is None:
+                check_sizes(self.root, pair, image, label)
             sample["label"] = label
         if self.size is not None:
             sample["image"] = resize(image, self.size, Image.Resampling.BILINEAR)
@@ -92,7 +94,7 @@ def check_sizes(root: Path, pair: Pair, image: np.ndarray, label: np.ndarray) ->
         found = " and ".join("{1}x{0}".format(*pixels.shape) for pixels in (image, label))
         raise ValueError(
             f"{root / pair.label} does not fit its image {pair.image}: found {found} pixels. "
-            "Give files that show the same view."
+            "Give files of the same view; for scoring alone, eval_size resizes both to one size."
         )
 
 
@@ -131,9 +133,10 @@ class FileDataModule(SegmentationDataModule):
     Args:
         root: folder of the data set; docs/datasets.md shows the layouts.
         classes: name of the class table; None for the first that the data set knows.
-        eval_size: height and width at which images and labels are scored; None for those of the files.
+        eval_size: height and width to which images and labels, of whatever sizes, are resized for scoring;
+            None for those of the files, which must then be equal.
         train_list, test_list: MADM's JSON files instead of all files in the folders.
-        rescale_16_bit: whether images of 16-bit grey are divided by 257; else they are an error.
+        rescale_16_bit: whether images of 16 bits are brought to 8, see read_image; else they are an error.
         batch_size, eval_batch_size, num_workers, seed, transform: see SegmentationDataModule.
     """
 

@@ -1,5 +1,6 @@
 """Reading image files with Pillow, which raises where OpenCV silently returns part of a damaged file."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 @contextmanager
 def _opened(path: Path, kind: str = "image") -> Iterator[Image.Image]:
-    """Inside the block the file is decoded; what is wrong with it becomes an error that names it."""
+    """Inside the block the file can be decoded; what is wrong with it becomes an error that names it."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {kind} {path}. Check the path.")
     try:
         with Image.open(path) as image:
-            image.load()
             yield image
     except UnidentifiedImageError:
         raise ValueError(
@@ -32,22 +32,23 @@ def read_image(path: str | Path, rescale_16_bit: bool = True) -> np.ndarray:
     """Read an image as RGB: EXIF rotation applied, transparency dropped, other modes converted.
 
     Args:
-        rescale_16_bit: whether 16-bit grey is divided by 257 to 8 bits; else it is refused.
+        rescale_16_bit: whether 16-bit grey is divided by 257 to 8 bits, and 16-bit colour cut to its upper 8;
+            else both are refused.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, damaged or truncated, or holds 16-bit grey not to be rescaled.
+        ValueError: the file is no image, damaged or truncated, or holds 16-bit values not to be rescaled.
     """
     path = Path(path)
     with _opened(path) as image:
         if rescale_16_bit or not _is_16_bit(image):
             return rgb_array(ImageOps.exif_transpose(image))
     raise ValueError(
-        f"{path} holds 16-bit grey values (Pillow mode {image.mode}), but pictures of 8 bits are expected. "
-        "Convert the files, or set rescale_16_bit: true to divide their values by 257."
+        f"{path} holds 16-bit values (Pillow mode {image.mode}), but pictures of 8 bits are expected. "
+        "Convert the files, or set rescale_16_bit: true to rescale their values."
     )
 
 
@@ -66,6 +67,7 @@ def read_label(path: str | Path, first_channel: bool = False) -> np.ndarray:
     """
     path = Path(path)
     with _opened(path, "label") as image:
+        image.load()
         ids = np.asarray(image)
     if first_channel and ids.ndim == 3:
         ids = ids[..., 0]
@@ -78,6 +80,12 @@ def read_label(path: str | Path, first_channel: bool = False) -> np.ndarray:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
+    """Whether a file that is opened but not yet decoded stores 16 bits a channel."""
+    # Pillow decodes 16-bit colour to the mode of 8-bit colour; only the stored mode, as "RGB;16B", tells.
+    return _is_16_bit_grey(image) or any(re.search(";16[BLN]", str(tile.args)) for tile in image.tile)
+
+
+def _is_16_bit_grey(image: Image.Image) -> bool:
     return image.mode == "I" or image.mode.startswith("I;16")
 
 
@@ -89,7 +97,7 @@ def rgb_array(image: Image.Image) -> np.ndarray:
     """
     if image.mode == "F":
         raise ValueError("it holds floating-point numbers of unknown range, not colours")
-    if _is_16_bit(image):
+    if _is_16_bit_grey(image):
         grey = np.rint(np.asarray(image).astype(np.float64).clip(0, 65535) / 257)
         return grey.astype(np.uint8)[..., None].repeat(3, -1)
     return np.array(image.convert("RGB"))  # a copy, because Pillow's own memory is read-only

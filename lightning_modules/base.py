@@ -95,8 +95,8 @@ class SegmentationModule(LightningModule, ABC):
     """Trains a network from image [B, 3, H, W] in [0, 1] to logits [B, C, H, W]; a subclass adds the rule.
 
     Validation and test score each set of the DataModule on one confusion matrix and log, in percent,
-    `val/<set>/mIoU`, `val/<set>/IoU/<class>`, `val/<set>/aAcc`, `val/<set>/mAcc`, and the mean over sets
-    `val/mIoU`.
+    `val/<set>/mIoU`, `val/<set>/IoU/<class>`, `val/<set>/fwIoU`, `val/<set>/aAcc`, `val/<set>/mAcc`, and
+    the mean over sets `val/mIoU`.
 
     Args:
         network: plain module, image to logits.
@@ -173,7 +173,7 @@ class SegmentationModule(LightningModule, ABC):
         scores = {}
         for name, matrix in self.matrices.items():
             found = matrix.compute()
-            scores |= {f"{stage}/{name}/{key}": found[key] for key in ("mIoU", "aAcc", "mAcc")}
+            scores |= {f"{stage}/{name}/{key}": found[key] for key in ("mIoU", "fwIoU", "aAcc", "mAcc")}
             ious = zip(self.classes.names, found["IoU"], strict=True)
             scores |= {f"{stage}/{name}/IoU/{class_name}": iou for class_name, iou in ious}
         means = torch.stack([scores[f"{stage}/{name}/mIoU"] for name in self.matrices])

@@ -44,7 +44,8 @@ class ConfusionMatrix(Metric):
         self.matrix += counts[:-1].view(self.num_classes, self.num_classes)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return mIoU, aAcc (all pixels), mAcc (mean over classes), IoU [classes] in percent, and the matrix.
+        """Return mIoU, fwIoU (each IoU weighted by the class's share of the true pixels), aAcc (all pixels),
+        mAcc (mean over classes), IoU [classes] in percent, and the matrix.
 
         A class with neither a true nor a predicted pixel has no IoU (NaN) and does not count in the mean; one
         that is predicted but never true counts with 0.
@@ -54,6 +55,7 @@ class ConfusionMatrix(Metric):
         iou = 100 * correct / (true + predicted - correct)
         return {
             "mIoU": iou.nanmean(),
+            "fwIoU": (true * iou.nan_to_num()).sum() / matrix.sum(),
             "aAcc": 100 * correct.sum() / matrix.sum(),
             "mAcc": (100 * correct / true).nanmean(),
             "IoU": iou,

@@ -29,7 +29,7 @@ from mistakes import edge_errors
 
 @dataclass
 class Found:
-    """What one or more image files and their labels hold: sizes (height, width), ids, images by hash."""
+    """What images and labels hold: sizes (height, width), ids, images of more than one colour by hash."""
 
     sizes: Counter = field(default_factory=Counter)
     ids: set[int] = field(default_factory=set)
@@ -56,7 +56,8 @@ def check_sample(dataset: FileDataset, index: int) -> Found:
     try:
         image = dataset.read_image(index)
         found.sizes[image.shape[:2]] += 1
-        found.images[hashlib.sha256(image).hexdigest()] = pair.image
+        if (image != image[0, 0]).any():  # event frames without events are equal without being shared
+            found.images[hashlib.sha256(image).hexdigest()] = pair.image
     except (FileNotFoundError, ValueError) as error:
         found.faults.append(str(error))
     if pair.label is not None:
@@ -110,8 +111,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("sets", nargs="+", metavar="NAME=ROOT", help="name and folder of a data set")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files read at a time")
-    parser.add_argument("--rescale-16-bit", action="store_true", help="accept images of 16-bit grey")
-    return parser.parse_args(argv)
+    parser.add_argument("--rescale-16-bit", action="store_true", help="accept images of 16 bits")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1: found {args.workers}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

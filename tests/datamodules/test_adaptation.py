@@ -356,8 +356,8 @@ def test_counts_of_other_labels_are_refused(tmp_path, change, monkeypatch):
     path = write(tmp_path / "counts.json", counts_document(data, count_pixels(data)))
     assert np.array_equal(read_counts(path, data), count_pixels(data))
     if change == "other ids":
-        original = LabelFiles.read_label
-        monkeypatch.setattr(LabelFiles, "read_label", lambda self, index: original(self, index) % 7)
+        read = LabelFiles.read_label
+        monkeypatch.setattr(LabelFiles, "read_label", lambda s, i: read(s, i) % 7 if i == 7 else read(s, i))
     elif change == "fewer labels":
         data = LabelFiles(LENGTH - 1)
     else:
@@ -378,6 +378,16 @@ def test_a_label_that_changed_after_it_was_counted_is_noticed_when_it_is_drawn()
 def test_a_foreign_file_of_counts_is_an_error_that_names_it(tmp_path, content):
     with pytest.raises(ValueError, match=r"foreign\.json holds no class counts"):
         read_counts(write(tmp_path / "foreign.json", content), LabelFiles())
+
+
+@pytest.mark.parametrize("wrong", [-1, 255, 300])
+def test_counts_of_ids_that_no_label_can_hold_are_refused(tmp_path, wrong):
+    document = counts_document(LabelFiles(), count_pixels(LabelFiles()))
+    document["samples"][LabelFiles().label_names[2]][str(wrong)] = 5
+    with pytest.raises(
+        ValueError, match=rf"counts\.json holds no class counts .*\[{wrong}\] outside 0\.\.254"
+    ):
+        read_counts(write(tmp_path / "counts.json", document), LabelFiles())
 
 
 def test_a_missing_file_of_counts_says_how_to_write_it(tmp_path):

@@ -83,6 +83,26 @@ def test_a_label_of_another_size_than_its_image_is_an_error_with_both_sizes(fmb)
         FMBDataModule(fmb).eval_datasets("test")["fmb"][0]
 
 
+def test_an_image_and_a_label_of_different_sizes_are_scored_at_eval_size_each_resized_alone(fmb):
+    image = np.arange(32 * 48, dtype=np.uint8).reshape(32, 48)
+    label = np.repeat(np.arange(15, dtype=np.uint8), 2)[:, None].repeat(48, 1)
+    write_png(fmb / "test/Infrared/00003.png", image)
+    write_png(fmb / "test/Label/00003.png", label)
+    data = FMBDataModule(fmb, eval_size=(15, 24))
+    sample, classes = data.eval_datasets("test")["fmb"][0], data.find("test").label_map
+    expected = Image.fromarray(image).resize((24, 15), Image.Resampling.BILINEAR)
+    assert np.array_equal(sample["image"][..., 0], expected)
+    assert np.array_equal(sample["label"], classes[label[::2, ::2]])
+
+
+def test_training_labels_need_the_size_of_their_images_whatever_the_size_of_scoring(tmp_path):
+    write_cityscapes(tmp_path)
+    data = CityscapesDataModule(tmp_path, eval_size=(16, 24))
+    write_png(tmp_path / data.train_dataset().label_names[0], np.zeros((30, 48), np.uint8))
+    with pytest.raises(ValueError, match="found 48x32 and 48x30"):
+        data.train_dataset()[0]
+
+
 def test_an_unknown_id_is_an_error_and_not_a_class(fmb):
     write_png(fmb / "test/Label/00003.png", np.full((32, 48), 15, np.uint8))
     with pytest.raises(ValueError, match=r"00003\.png holds ids .*found \[15\]"):

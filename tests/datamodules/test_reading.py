@@ -1,5 +1,6 @@
 import io
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,5 +92,17 @@ def test_what_holds_no_ids_is_not_read_as_a_label(tmp_path, pixels):
 def test_sixteen_bit_grey_is_refused_where_it_is_not_to_be_rescaled(tmp_path):
     Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "x.png")
     assert read_image(tmp_path / "x.png").dtype == np.uint8
-    with pytest.raises(ValueError, match=r"x\.png holds 16-bit grey values \(Pillow mode I;16\)"):
+    with pytest.raises(ValueError, match=r"x\.png holds 16-bit values \(Pillow mode I;16\)"):
         read_image(tmp_path / "x.png", rescale_16_bit=False)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_colour_is_refused_or_rescaled_as_grey_is(tmp_path, suffix, channels):
+    path = tmp_path / f"x.{suffix}"
+    cv2.imwrite(str(path), np.full((2, 2, channels), 25700, np.uint16))
+    assert (read_image(path) == 100).all()
+    with pytest.raises(ValueError, match=rf"x\.{suffix} holds 16-bit values \(Pillow mode RGB"):
+        read_image(path, rescale_16_bit=False)
+    cv2.imwrite(str(path), np.full((2, 2, channels), 100, np.uint8))
+    assert (read_image(path, rescale_16_bit=False) == 100).all()

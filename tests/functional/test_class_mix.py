@@ -172,4 +172,5 @@ def test_mixing_does_not_wait_for_the_device_and_draws_the_same_there():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(mask.cpu(), mix_mask(label, generator()))
-    torch.testing.assert_close(augmented.cpu(), jitter_and_blur(image, generator(1)))
+    # cuDNN's convolutions may use TF32, with 10 bits of mantissa.
+    torch.testing.assert_close(augmented.cpu(), jitter_and_blur(image, generator(1)), atol=1e-3, rtol=0)

@@ -111,6 +111,8 @@ def test_each_set_is_scored_on_its_own_and_the_mean_is_over_sets(tmp_path, stage
             (100 * hits[5] / union[5]).item(), abs=1e-4
         )
         assert logged[f"{stage}/{set_name}/aAcc"] == pytest.approx((100 * correct / valid).item(), abs=1e-4)
+        weighted = module.matrices[set_name].compute()["fwIoU"].item()
+        assert logged[f"{stage}/{set_name}/fwIoU"] == pytest.approx(weighted, abs=1e-4)
     assert logged[f"{stage}/mIoU"] == pytest.approx(sum(per_set.values()) / 2, abs=1e-4)
 
 
@@ -128,7 +130,7 @@ def test_two_processes_score_the_same_as_one(tmp_path):
         trainer = tiny_trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=1.0, **options)
         trainer.validate(module, data, verbose=False)
         scores.append({name: value.item() for name, value in trainer.callback_metrics.items()})
-    assert len(scores[0]) == 29
+    assert len(scores[0]) == 31
     assert scores[0] == pytest.approx(scores[1], nan_ok=True)
 
 

@@ -27,6 +27,12 @@ def test_a_class_predicted_but_never_true_counts_zero_and_one_seen_only_on_ignor
     assert found["mAcc"].item() == pytest.approx(200 / 3)  # class 2 is never true and has no accuracy
 
 
+def test_the_frequency_weighted_iou_counts_each_class_by_its_share_of_the_true_pixels():
+    found = scores((torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 0, 0, 1, 255])))
+    assert found["IoU"][:2].tolist() == pytest.approx([200 / 3, 50]) and found["IoU"][2].isnan()
+    assert found["fwIoU"].item() == pytest.approx((3 * 200 / 3 + 50) / 4)
+
+
 def test_the_score_is_of_the_whole_set_however_it_is_split():
     whole = scores((PREDICTION, LABEL))
     parts = scores((PREDICTION[:3], LABEL[:3]), (PREDICTION[3:], LABEL[3:]))
@@ -57,4 +63,5 @@ def test_a_prediction_outside_the_table_is_an_error_and_not_another_class():
 
 
 def test_a_set_without_valid_pixels_has_no_score():
-    assert math.isnan(scores((PREDICTION, torch.full_like(LABEL, 255)))["mIoU"])
+    found = scores((PREDICTION, torch.full_like(LABEL, 255)))
+    assert math.isnan(found["mIoU"]) and math.isnan(found["fwIoU"])

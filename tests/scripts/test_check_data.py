@@ -55,7 +55,7 @@ def test_all_faults_are_in_one_report(fmb, capsys):
         "00003.png holds ids that its data set does not have: found [77]",
         "00004.png does not fit its image test/Infrared/00004.png",
         "There is no label",
-        "00006.png holds 16-bit grey values",
+        "00006.png holds 16-bit values",
         "train/Infrared/00001.png (train) and test/Infrared/00005.png (test) show the same picture",
     ):
         assert expected in faults
@@ -66,6 +66,19 @@ def test_sixteen_bit_images_can_be_accepted(fmb, capsys):
     write_png(fmb / "train/Infrared/00001.png", np.full((32, 48), 9999, np.uint16))
     report(capsys, f"fmb={fmb}")
     main([f"fmb={fmb}", "--rescale-16-bit"])
+
+
+def test_pictures_of_one_colour_are_not_shared_by_splits(fmb, capsys):
+    for file in ("train/Infrared/00001.png", "test/Infrared/00003.png"):
+        write_png(fmb / file, np.full((32, 48, 3), (9, 0, 200), np.uint8))
+    main([f"fmb={fmb}"])
+    assert capsys.readouterr().out.endswith("no faults\n")
+
+
+def test_a_number_of_workers_below_one_is_a_usage_error(fmb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([f"fmb={fmb}", "--workers", "0"])
+    assert stop.value.code == 2 and "--workers must be at least 1: found 0" in capsys.readouterr().err
 
 
 def test_incomplete_sets_are_told_by_folder_and_an_empty_one_too(tmp_path, capsys):
