@@ -37,10 +37,15 @@ class Panels(Callback):
         every_n_steps: the first step is drawn, then every n-th one.
 
     Raises:
-        ValueError: the LightningModule has no attribute `pictures`.
+        ValueError: every_n_steps is below 1; the LightningModule has no attribute `pictures`.
     """
 
     def __init__(self, every_n_steps: int = 500):
+        if every_n_steps < 1:
+            raise ValueError(
+                f"Panels draw every n-th step, n being 1 or more: found every_n_steps = {every_n_steps}. "
+                "Set it higher, or leave Panels out of trainer.callbacks."
+            )
         self.every_n_steps = every_n_steps
 
     def setup(self, trainer, pl_module, stage: str) -> None:
@@ -70,6 +75,9 @@ class Panels(Callback):
         pl_module.pictures = None
         folder = Path(trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(panel).save(folder / f"train-{self.step:06d}.png")
+        path = folder / f"train-{self.step:06d}.png"
+        temporary = path.with_name(f".{path.name}.tmp")
+        Image.fromarray(panel).save(temporary, "png")
+        temporary.replace(path)  # a reader never sees a part of a picture
         for logger in (logger for logger in trainer.loggers if isinstance(logger, WandbLogger)):
             logger.log_image("train/pictures", [panel], step=self.step)

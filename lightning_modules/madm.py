@@ -43,6 +43,9 @@ class MADMTraining(SegmentationModule):
         micro_batches: equal parts in which a batch is worked through to save memory. A part is what a process
             is in the published runs (two of one pair each): it has its own timestep and batch statistics.
         seed: of all that a step draws, together with k and the part; dropout excepted.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     def __init__(
@@ -72,8 +75,26 @@ class MADMTraining(SegmentationModule):
         weights = {"source": source_regression, "mixed": mixed_regression}
         self.regression = weights if network.lplr else dict.fromkeys(weights, 0.0)
         self.micro_batches, self.seed = micro_batches, seed
+        self.check_options(weights)
         self.register_buffer("palette", palette_table(self.classes.colors), persistent=False)
         self.pictures: dict[str, dict[str, Tensor]] | None = None  # a dict in steps that are to be drawn
+
+    def check_options(self, weights: dict[str, float]) -> None:
+        """Raise a ValueError for an option out of its range; the weights are those of the regression."""
+        start, steps = self.dplg_start, len(self.network.diffusion.alpha_bars)
+        increasing = [type(t) for t in start] == [int, int] and 0 <= start[0] <= start[1] < steps
+        rules = {
+            "dplg_start": (start, increasing, f"two integers, 0 <= first <= last < {steps}"),
+            "dplg_end_step": (self.dplg_end_step, self.dplg_end_step >= 1, "at least 1"),
+            "threshold": (self.threshold, 0 < self.threshold <= 1, "above 0 and at most 1"),
+            "max_alpha": (self.max_alpha, 0 <= self.max_alpha <= 1, "from 0 to 1"),
+            "max_gradient_norm": (self.max_gradient_norm, self.max_gradient_norm > 0, "above 0"),
+            "micro_batches": (self.micro_batches, self.micro_batches >= 1, "at least 1"),
+        }
+        rules |= {f"{name}_regression": (w, w >= 0, "0 or more") for name, w in weights.items()}
+        for option, (value, valid, wanted) in rules.items():
+            if not valid:
+                raise ValueError(f"{option} must be {wanted}: found {value}. Set model.init_args.{option}.")
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
         optimizer, step = self.optimizers(), self.global_step

@@ -21,6 +21,7 @@ from models.diffusion.stable_diffusion import StableDiffusion
 from models.heads.daformer import DAFormerHead
 
 TAPS = (11, 8, 5)  # s3, s4, s5
+GROUPS = 32  # of the projections' GroupNorm
 
 
 @dataclass
@@ -43,7 +44,7 @@ def conv_norm(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential
     """Convolution that keeps the size, without bias, Kaiming-normal (fan out); GroupNorm of 32 groups."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.GroupNorm(32, out_channels))
+    return nn.Sequential(conv, nn.GroupNorm(GROUPS, out_channels))
 
 
 class Projection(nn.Module):
@@ -103,8 +104,8 @@ class MADM(nn.Module):
     size are padded right and bottom with their edge pixels to the model's stride; logits are cut back.
 
     Args:
-        diffusion: float32, with unet, vae_encoder, text_encoder (dropped once it has encoded "") and, for
-            LPLR, vae_decoder.
+        diffusion: of dtype float32 (its vae_dtype may be half), with unet, vae_encoder, text_encoder (dropped
+            once it has encoded "") and, for LPLR, vae_decoder.
         num_classes: of the logits.
         lplr: label palette and latent regression: the head's finest feature is the decoded regression s0;
             without it, the VAE encoder's feature of half the latent's stride (SD: 512 channels, stride 4).
@@ -119,7 +120,8 @@ class MADM(nn.Module):
         gradient_checkpointing: recompute activations of U-Net, projections and head in the backward pass.
 
     Raises:
-        ValueError: a part is missing or not float32; output layers are trained without LPLR.
+        ValueError: a part is missing; the U-Net is not float32; a width is no multiple of 32; output layers
+            are trained without LPLR.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class MADM(nn.Module):
         super().__init__()
         for part in ("unet", "vae_encoder", *(("vae_decoder",) if lplr else ())):
             diffusion.require(part)
+        check_widths(projection_channels=projection_channels, bottleneck_channels=bottleneck_channels)
         if train_output_layers and not lplr:
             raise ValueError(
                 "The U-Net's output layers learn from the latent regression only: found "
@@ -289,6 +292,17 @@ class MADM(nn.Module):
     def teacher_parameters(self) -> dict[str, nn.Parameter]:
         """The teacher's own parameters by name, which training changes although they have no gradient."""
         return {name: p for name, p in self.named_parameters() if name.startswith("ema_")}
+
+
+def check_widths(**widths: int) -> None:
+    """Raise a ValueError for a width that the projections' GroupNorm cannot divide."""
+    for name, width in widths.items():
+        if width < GROUPS or width % GROUPS:
+            nearest = max(round(width / GROUPS), 1) * GROUPS
+            raise ValueError(
+                f"{name} must be a multiple of {GROUPS}, the groups that the projections normalise: found "
+                f"{width}. Set model.init_args.network.init_args.{name} to {nearest}."
+            )
 
 
 def drop_running_statistics(module: nn.Module) -> None:

@@ -30,6 +30,7 @@ class StableDiffusion(nn.Module):
             is used before any network.
         parts: those of unet, vae_encoder, vae_decoder, text_encoder that are loaded; the others stay None.
         dtype: of the weights. Latents and predictions keep float32.
+        vae_dtype: of the VAE's weights, where it is another; a trained U-Net needs float32, the VAE does not.
         attention: kernel of the U-Net's attention; xformers needs CUDA and the extra `gpu`.
         channels_last: store convolution weights and activations as NHWC.
         compile: backend of torch.compile ("inductor", "aot_eager") for the U-Net's attention, feed-forward
@@ -56,11 +57,14 @@ class StableDiffusion(nn.Module):
         channels_last: bool = False,
         compile: str | None = None,
         untrained_seed: int | None = None,
+        vae_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     ):
         super().__init__()
         check_choices("parts", parts, PARTS)
         check_choices("dtype", [dtype], DTYPES)
-        self.path, self.parts, self.dtype = path, tuple(parts), DTYPES[dtype]
+        check_choices("vae_dtype", [vae_dtype or dtype], DTYPES)
+        self.path, self.parts = path, tuple(parts)
+        self.dtype, self.vae_dtype = DTYPES[dtype], DTYPES[vae_dtype or dtype]
         random_unet = untrained_seed is not None and "unet" in parts
         folders = dict.fromkeys(PARTS[part] for part in parts if not (part == "unet" and random_unet))
         self.folder = find_model(path, folders)
@@ -137,7 +141,7 @@ class StableDiffusion(nn.Module):
         if "vae_decoder" not in self.parts:
             vae.decoder = vae.post_quant_conv = None
             skip += ("decoder.", "post_quant_conv.")
-        load_part(vae, self.folder, "vae", self.dtype, skip)
+        load_part(vae, self.folder, "vae", self.vae_dtype, skip)
         return vae
 
     @property
@@ -166,7 +170,7 @@ class StableDiffusion(nn.Module):
         with torch.autocast(
             image.device.type, enabled=False
         ):  # the VAE runs in the dtype that it was loaded with
-            posterior = self.vae.encode((2 * image - 1).to(self.dtype)).latent_dist
+            posterior = self.vae.encode((2 * image - 1).to(self.vae_dtype)).latent_dist
         latent = posterior.mean.float()
         if generator is not None:
             noise = randn_tensor(latent.shape, generator=generator, device=latent.device, dtype=torch.float32)
@@ -178,7 +182,7 @@ class StableDiffusion(nn.Module):
         """Image [B, 3, H, W], float32, of a scaled latent, in [0, 1] but not clipped to it."""
         self.require("vae_decoder")
         with torch.autocast(latent.device.type, enabled=False):
-            image = self.vae.decode((latent / self.scaling_factor).to(self.dtype)).sample
+            image = self.vae.decode((latent / self.scaling_factor).to(self.vae_dtype)).sample
         return (image.float() + 1) / 2
 
     def add_noise(self, latent: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Every n-th step leaves a picture of what the module offered; without an offer there is an error."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,23 @@ def test_every_second_step_is_drawn(tmp_path, accumulated):
     colors = {tuple(c) for c in np.asarray(Image.open(tmp_path / "pictures" / names[0])).reshape(-1, 3)}
     road, darkest = module.classes.colors[5], (8, 48, 107)
     assert {(51, 51, 51), road, darkest, (255, 255, 255)} <= colors
+
+
+def test_a_picture_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(image, file, *args):
+        Path(file).write_bytes(b"half a picture")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(tmp_path, Offering(TinyNetwork(), "deliver11"), 1)
+    assert not list((tmp_path / "pictures").glob("*.png"))
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_interval_below_one_is_refused(every):
+    with pytest.raises(ValueError, match=rf"found every_n_steps = {every}\. Set it"):
+        Panels(every)
 
 
 def test_ids_are_coloured_and_maps_run_from_white_to_blue():

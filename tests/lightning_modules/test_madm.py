@@ -1,5 +1,6 @@
 """MADM's step against the plain one of benchmarks/, its clock, its checkpoints, its switches."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -86,7 +87,7 @@ def build(folder):
         model = MADM(
             StableDiffusion(str(folder), parts), num_classes, noise_size=(16, 16), **widths, **options
         )
-        return MADMTraining(model, "deliver11", **{"lr": 1e-3, "threshold": 0.1, **arguments})
+        return MADMTraining(model, "deliver11", **{"lr": 1e-3, "threshold": 0.16, **arguments})
 
     return build
 
@@ -141,6 +142,7 @@ def test_the_gradients_of_the_split_step_are_those_of_one_backward_of_the_sum(tm
     watch = fit(module, tmp_path, data=Pairs(2))
     other, batch = build(options, **arguments), first_batch(2)
     other._trainer = None
+    assert 0 < watch.logged[0]["train/quality"] < 1
     # Encoded together, as in the step: other bits of a latent are other signs in the gradient of an L1 norm.
     plain_backward(other, batch, other.encode)
     expected = {n: p.grad for n, p in other.network.named_parameters() if p.grad is not None}
@@ -214,6 +216,29 @@ def test_images_that_cannot_be_mixed_are_an_error(tmp_path, build):
 def test_a_network_of_other_classes_is_refused_before_its_logits_meet_labels(tmp_path, build):
     with pytest.raises(ValueError, match=r"12 classes, the table has 11"):
         fit(build(num_classes=12), tmp_path)
+
+
+OUT_OF_RANGE = {
+    "max_gradient_norm": (0.0, -1.0, float("nan")),
+    "max_alpha": (-0.1, 1.1),
+    "threshold": (0.0, 1.1),
+    "dplg_start": ((61, 60), (-1, 5), (60, 1000), (60,), (0.5, 1.5)),
+    "dplg_end_step": (0,),
+    "micro_batches": (0,),
+    "source_regression": (-1.0,),
+    "mixed_regression": (-1.0,),
+}
+
+
+def test_a_number_out_of_its_range_is_refused_by_name(build):
+    network = build().network
+    for option, values in OUT_OF_RANGE.items():
+        for value in values:
+            found = re.escape(str(value))
+            with pytest.raises(ValueError, match=f"^{option} must be .*: found {found}. Set model"):
+                MADMTraining(network, "deliver11", **{option: value})
+    bounds = {"max_alpha": 1.0, "threshold": 1.0, "dplg_start": (0, 999), "mixed_regression": 0.0}
+    MADMTraining(network, "deliver11", **bounds)
 
 
 class NoSync(Callback):

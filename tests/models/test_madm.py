@@ -295,6 +295,11 @@ def test_what_cannot_be_built_is_refused(build, model_folder):
         build(lplr=False, train_output_layers=True)
     with pytest.raises(ValueError, match="float32"):
         MADM(StableDiffusion(str(model_folder), parts=PARTS, dtype="bfloat16"), 5)
+    for option, width, advice in (("projection_channels", 48, 64), ("bottleneck_channels", 0, 32)):
+        with pytest.raises(
+            ValueError, match=rf"{option} must be.*found {width}\. Set .*{option} to {advice}"
+        ):
+            build(**{option: width})
 
 
 def test_checkpointing_recomputes_the_head_with_equal_gradients_and_statistics(build, image, label):

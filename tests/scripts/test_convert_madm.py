@@ -28,7 +28,8 @@ script = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(script)
 
 TINY = """
---model.network.diffusion.attention sdpa --model.network.noise_size [8,8]
+--model.network.diffusion.attention sdpa --model.network.diffusion.vae_dtype float32
+--model.network.noise_size [8,8]
 --model.network.projection_channels 32 --model.network.bottleneck_channels 32
 --model.network.embed_channels 8 --model.network.channels 8
 --data.target.eval_size [32,32] --data.num_workers 0
@@ -190,7 +191,7 @@ def module(folder):
     """What the config builds, tiny."""
     overlay = folder / "tiny.yaml"
     options = {"projection_channels": 32, "bottleneck_channels": 32, "embed_channels": 8, "channels": 8}
-    diffusion = {"init_args": {"path": str(folder / "model"), "attention": "sdpa"}}
+    diffusion = {"init_args": {"path": str(folder / "model"), "attention": "sdpa", "vae_dtype": None}}
     network = {"init_args": {**options, "noise_size": [8, 8], "diffusion": diffusion}}
     overlay.write_text(json.dumps({"model": {"init_args": {"network": network}}}))
     return build({"model": resolve([CONF / "madm_rgb2depth.yaml", overlay])["model"]})[0]

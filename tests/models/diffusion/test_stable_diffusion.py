@@ -156,6 +156,22 @@ def test_half_precision_weights_give_nearly_the_result_of_float32(model_folder, 
     assert not torch.equal(output, reference)
 
 
+def test_the_vae_may_have_a_precision_of_its_own(model_folder, diffusion, image):
+    model = StableDiffusion(str(model_folder), ALL_PARTS, vae_dtype="bfloat16")
+    assert {p.dtype for p in model.vae.parameters()} == {torch.bfloat16}
+    assert {p.dtype for part in (model.unet, model.text_encoder) for p in part.parameters()} == {
+        torch.float32
+    }
+    latent, expected = model.encode(image), diffusion.encode(image)
+    for found, reference in ((latent, expected), (model.decode(expected), diffusion.decode(expected))):
+        assert found.dtype == torch.float32 and not torch.equal(found, reference)
+        torch.testing.assert_close(found, reference, atol=0.05, rtol=0.05)
+    model.train_unet()
+    assert model.predict(latent, 100, model.encode_text([""])).requires_grad
+    single = StableDiffusion(str(model_folder), ("vae_encoder",), dtype="bfloat16", vae_dtype="float32")
+    assert torch.equal(single.encode(image), expected)
+
+
 def test_the_untrained_control_changes_only_the_unet_and_follows_its_seed(model_folder, diffusion):
     state = torch.random.get_rng_state()
     control, same, other = (
@@ -198,7 +214,7 @@ def test_a_schedule_that_is_not_supported_is_refused(model_folder, tmp_path, cha
         StableDiffusion(str(folder))
 
 
-@pytest.mark.parametrize("option", [{"parts": ("unet", "vea")}, {"dtype": "float8"}])
+@pytest.mark.parametrize("option", [{"parts": ("unet", "vea")}, {"dtype": "float8"}, {"vae_dtype": "float8"}])
 def test_an_unknown_option_lists_the_known_ones(model_folder, option):
     with pytest.raises(ValueError, match="choose from"):
         StableDiffusion(str(model_folder), **option)
