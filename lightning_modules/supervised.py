@@ -1,6 +1,6 @@
 """Supervised training on labelled images: the source-only baseline of the methods."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from functional.classes import IGNORE_INDEX
@@ -19,20 +19,9 @@ def pixel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
 
 
 class Supervised(SegmentationModule):
-    """Cross entropy on the labels of one DataModule.
-
-    Args:
-        part: which part of a batch is learnt from, where a DataModule joins several: "source" of an
-            adaptation leaves the target out, which makes the baseline that adaptation is measured by.
-        options: see SegmentationModule.
-    """
-
-    def __init__(self, network: nn.Module, classes: str, part: str | None = None, **options):
-        super().__init__(network, classes, **options)
-        self.part = part
+    """Cross entropy on the labels of one DataModule."""
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        batch = batch if self.part is None else batch[self.part]
         logits, label = self.network(batch["image"]), batch["label"]
         loss = pixel_cross_entropy(logits.float(), label)
 
@@ -40,3 +29,10 @@ class Supervised(SegmentationModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/pixel_accuracy", 100 * correct)
         return loss
+
+
+class SourceOnly(Supervised):
+    """The source of an adaptation's batches alone: the baseline that adaptation is measured by."""
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        return super().training_step(batch["source"], batch_idx)
