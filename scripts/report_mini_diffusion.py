@@ -45,6 +45,7 @@ from scripts.mini_diffusion.samples import (
     score_controlled,
     score_samples,
 )
+from scripts.mini_diffusion.scenes import to_tensor
 from scripts.mini_diffusion.state import weights_fingerprint
 from scripts.train_mini_controlnet import CONTROLS
 
@@ -58,11 +59,6 @@ PROMPTS = (
     "a photo of a red heart and a blue boat on snow",
     "a photo of a street with a road and a building",
 )
-
-
-def to_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] pictures to [N, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 def to_pictures(images: Tensor) -> list[np.ndarray]:
@@ -253,12 +249,16 @@ def control_grid(samples: dict[str, Samples], columns: int) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------- report
 
 
+def held_out_images(scenes: int) -> dict[str, Tensor]:
+    """The first test scenes of both kinds, [N, 3, H, W] in [0, 1]."""
+    objects = to_tensor([render_objects("test", i)["rgb"] for i in range(scenes)])
+    return {"street": street_scenes("test", scenes)[0], "objects": objects}
+
+
 def autoencoder_section(args, diffusion: StableDiffusion) -> dict:
     """Both kinds of scenes, each with a sheet of originals and reconstructions."""
-    street, _ = street_scenes("test", args.scenes)
-    objects = to_tensor([render_objects("test", i)["rgb"] for i in range(args.scenes)])
     report = {}
-    for kind, images in (("street", street), ("objects", objects)):
+    for kind, images in held_out_images(args.scenes).items():
         report[kind], output = autoencoder_report(diffusion, images)
         tiles = to_pictures(torch.cat([images[:10], output[:10]]))
         sheet = enlarge(grid(tiles, len(tiles) // 2, gap=0), 1 if kind == "street" else 2)
@@ -296,9 +296,7 @@ def attention_section(args, diffusion: StableDiffusion) -> dict:
 
 def inversion_section(args, diffusion: StableDiffusion) -> dict:
     """Both kinds of scenes along DIFF's longest path."""
-    street, _ = street_scenes("test", args.scenes)
-    objects = to_tensor([render_objects("test", i)["rgb"] for i in range(args.scenes)])
-    images = {"streets": street, "objects": objects}
+    images = held_out_images(args.scenes)
     return {kind: inversion_report(diffusion, image) for kind, image in images.items()}
 
 

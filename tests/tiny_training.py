@@ -82,3 +82,19 @@ def tiny_trainer(folder, max_steps: int, callbacks=(), logger=False, **arguments
         use_distributed_sampler=False,
         **{**defaults, **arguments},
     )
+
+
+def assert_equal(a, b):
+    """Bit for bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b

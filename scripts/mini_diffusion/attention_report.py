@@ -29,6 +29,7 @@ from models.diffusion.conditioning import token_positions
 from models.diffusion.stable_diffusion import StableDiffusion
 from scripts.gallery import enlarge, grid
 from scripts.mini_diffusion.intervals import bootstrap
+from scripts.mini_diffusion.scenes import to_tensor
 
 THRESHOLDS = torch.arange(0.02, 1, 0.02)
 LEVELS = 4
@@ -47,8 +48,7 @@ class Words:
 def stack_words(rows: Sequence[tuple[np.ndarray, np.ndarray, str, int]]) -> Words:
     """Words of rows (picture [H, W, 3] uint8, mask [H, W], name, scene)."""
     pictures, masks, names, scenes = zip(*rows, strict=True)
-    image = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return Words(image, torch.from_numpy(np.stack(masks)), list(names), np.array(scenes))
+    return Words(to_tensor(pictures), torch.from_numpy(np.stack(masks)), list(names), np.array(scenes))
 
 
 def object_words(split: str, scenes: int) -> Words:
@@ -192,12 +192,11 @@ def score(maps: Tensor, words: Words, settings: Settings) -> tuple[Tensor, Tenso
     return 100 * iou, area_under_curve(final, words.mask), torch.from_numpy(finds_its_own(final, words))
 
 
-def position_prior(words: Words, scenes: int = 500) -> Tensor:
-    """How often each pixel is of a word's class on streets of the split `train`, as maps [N, 1, H, W]."""
+def position_prior(scenes: int = 500) -> dict[str, Tensor]:
+    """How often each pixel [H, W] is of a class on streets of the split `train`, by the class's name."""
     labels = np.stack([render_street("train", i, sensors=())["label"] for i in range(scenes)])
-    ids = {name: DELIVER11.names.index(name) for name in set(words.name)}
-    frequency = {name: torch.from_numpy((labels == i).mean(0, dtype=np.float32)) for name, i in ids.items()}
-    return torch.stack([frequency[name] for name in words.name])[:, None]
+    shares = ((labels == i).mean(0, dtype=np.float32) for i in range(len(DELIVER11)))
+    return {name: torch.from_numpy(share) for name, share in zip(DELIVER11.names, shares, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -247,10 +246,11 @@ def street_attention_report(
     found = {timestep: word_maps(diffusion, held_out, timestep, seed=max(seeds) + 1)[1]}
     settings = choose(found, held_out, weight_choices())
     maps = [word_maps(diffusion, words, timestep, seed)[1] for seed in seeds]
-    known_prior, prior = position_prior(held_out), position_prior(words)
+    frequency = position_prior()
+    known_prior, prior = (torch.stack([frequency[name] for name in of.name]) for of in (held_out, words))
     kinds = {
         "attention": (mixed(found[timestep], settings.weights, (128, 128)), settings.weights, maps),
-        "prior": (stretch(known_prior[:, 0]), (1.0,), [prior]),
+        "prior": (stretch(known_prior), (1.0,), [prior[:, None]]),
     }
     report = {"levels": str(settings.weights)}
     for name in sorted(set(words.name) & set(held_out.name), key=DELIVER11.names.index):

@@ -1,6 +1,7 @@
 """The pictures the mini diffusion model is trained on: rendered once, by several processes."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -22,6 +23,11 @@ STREET_SCENES, SENSOR_SCENES, OBJECT_SCENES = 3000, 600, 6000
 STYLES = ("real", "game")
 CROP = 64  # side of a street crop
 OBJECT_CAPTIONS, STREET_CAPTIONS = 8, 4  # of each picture
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [H, W, 3] pictures to [N, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
 def street_picture(index: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, rng_state, set_rng_state
 from lightning_modules.schedules import WarmupPoly
-from tests.tiny_training import TinyDataModule, tiny_module, tiny_trainer
+from tests.tiny_training import TinyDataModule, assert_equal, tiny_module, tiny_trainer
 
 
 class Killed(Exception):
@@ -48,22 +48,6 @@ def train(folder, kill_at=None, resume=None, workers=0, every_n_steps=4, data=No
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def assert_equal(a, b):
-    """Bit for bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 def assert_same_end(whole, resumed, forked=False):

@@ -20,7 +20,7 @@ from lightning_modules.schedules import WarmupSteps
 from models.diffusion.stable_diffusion import StableDiffusion
 from models.madm import MADM
 from tests.tiny_model import write_tiny_model
-from tests.tiny_training import TinyDataModule, tiny_trainer
+from tests.tiny_training import TinyDataModule, assert_equal, tiny_trainer
 
 SIZE = 32
 FROZEN = ("diffusion.vae.", "diffusion.unet.conv_norm_out.", "diffusion.unet.conv_out.")
@@ -382,21 +382,6 @@ def test_the_norm_is_clipped_after_the_scale_is_taken_off(tmp_path, build, scale
 def everything(path):
     checkpoint = torch.load(path, weights_only=True)
     return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "Pairs")}
-
-
-def assert_equal(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 class StopAt(Callback):
