@@ -10,7 +10,6 @@ something else is refused. The result is a folder of diffusers' ControlNetModel:
 
 import argparse
 import json
-import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,31 +17,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from functional.classes import MINI_OBJECTS
 from functional.control_images import edge_image, mask_image
 from scripts.mini_diffusion.latents import LabelledLatents, cached_labelled_latents
-from scripts.mini_diffusion.loop import (
-    LOG_STEPS,
-    SAVE_SECONDS,
-    Clock,
-    Log,
-    cosine_rate,
-    denoising_loss,
-    frozen_copy,
-    say_if_spent,
-    step_generator,
-    update_ema,
-)
-from scripts.mini_diffusion.state import check_state, identity, save_state, weights_fingerprint
+from scripts.mini_diffusion.loop import Clock, Log, Training, denoising_loss, step_generator
+from scripts.mini_diffusion.state import check_state, identity, weights_fingerprint
 
 CONTROLS = {"mask": partial(mask_image, colors=MINI_OBJECTS.colors), "edge": edge_image}
 EMPTY_SHARE = 0.5  # of the captions (section 3.3): what they do not tell must be read from the control
 CONDITION_CHANNELS = (16, 32, 96, 256)  # those of SD's ControlNets; each but the first halves the picture
-PARTS = ("controlnet", "ema", "opt")
 
 
 def build_controlnet(unet: UNet2DConditionModel, vae: AutoencoderKL, start: Path | None) -> ControlNetModel:
@@ -105,52 +91,23 @@ def load_frozen(args) -> tuple[UNet2DConditionModel, CLIPTextModel, LabelledLate
 def train(args, log: Log) -> tuple[ControlNetModel, dict]:
     """Train on cached latents; returns the EMA weights and what was done."""
     unet, text, scenes, controlnet = load_frozen(args)
-    average = frozen_copy(controlnet).to(args.device)
-    parameters = list(controlnet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    clock, trained = Clock(args.minutes * 60), identity(args, "controlnet")
-    step, samples, state_path = 0, 0, args.work / "controlnet.pt"
-    if state_path.exists():
-        state = torch.load(state_path, map_location=args.device, weights_only=True)
-        for part, name in zip((controlnet, average, optimizer), PARTS, strict=True):
-            part.load_state_dict(state[name])
-        clock.spent, step, samples = state["seconds"], state["step"], state["samples"]
-
-    def save():
-        parts = zip(PARTS, (controlnet, average, optimizer), strict=True)
-        counts = {"seconds": clock.seconds, "step": step, "samples": samples}
-        save_state(state_path, {n: part.state_dict() for n, part in parts} | counts | {"identity": trained})
-
-    say_if_spent(clock, state_path)
+    name, clock, trained = f"controlnet {args.kind}", Clock(args.minutes * 60), identity(args, "controlnet")
+    path = args.work / "controlnet.pt"
+    training = Training(name, {"controlnet": controlnet}, args.lr, clock, path, trained)
     alpha_bars = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler").alphas_cumprod
     alpha_bars = alpha_bars.to(args.device)
-    clock.started = saved = time.monotonic()
-    progress, running = tqdm(initial=step, desc=f"controlnet {args.kind}", unit="step", disable=None), []
-    while clock.share < 1:
+
+    def forward(step: int) -> tuple[int, dict[str, Tensor]]:
         generator = np.random.default_rng((args.seed, step))
         batch = scenes.batch(generator, args.batch, EMPTY_SHARE, args.device)
         control = CONTROLS[args.kind](batch["label"]).contiguous(memory_format=torch.channels_last)
         denoise = partial(controlled, unet, controlnet, control)
         loss = denoising_loss(denoise, text, batch, alpha_bars, step_generator(args.seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(args.lr, step, clock.share)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        update_ema(average, controlnet, min(0.998, 1 - 1 / (step + 2)))
-        step, samples = step + 1, samples + len(control)
-        running.append(loss.detach())
-        progress.update()
-        if step % LOG_STEPS == 0:
-            mean = torch.stack(running).mean().item()
-            log(stage=f"controlnet {args.kind}", step=step, seconds=clock.seconds, samples=samples, loss=mean)
-            running.clear()
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-    save()
-    return average, {"steps": step, "samples": samples, "seconds": round(clock.seconds)}
+        return len(control), {"loss": loss}
+
+    if not training.over():
+        training.run(forward, log)
+    return training.averages["controlnet"], training.record()
 
 
 def save_controlnet(folder: Path, controlnet: ControlNetModel, record: dict) -> None:

@@ -11,15 +11,12 @@ in the layout of Stable Diffusion 1.x (diffusers) with fp16 safetensors of the E
 
 import argparse
 import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from scripts.mini_diffusion.latents import cached_latents
@@ -30,22 +27,9 @@ from scripts.mini_diffusion.layout import (
     build_vae,
     save_pipeline,
 )
-from scripts.mini_diffusion.loop import (
-    LOG_STEPS,
-    SAVE_SECONDS,
-    Clock,
-    Log,
-    cosine_rate,
-    denoising_loss,
-    frozen_copy,
-    say_if_spent,
-    step_generator,
-    update_ema,
-)
+from scripts.mini_diffusion.loop import Clock, Log, Training, denoising_loss, step_generator
 from scripts.mini_diffusion.scenes import vae_images
-from scripts.mini_diffusion.state import check_state, identity, save_state
-
-PARTS = ("unet", "text", "ema_unet", "ema_text", "opt")
+from scripts.mini_diffusion.state import check_state, identity
 
 
 def stage_minutes(args, stage: str) -> float:
@@ -80,53 +64,24 @@ def train_vae(args, work: Path, log: Log) -> AutoencoderKL:
         else AutoencoderKL.from_pretrained(args.init_from, subfolder="vae")
     )
     vae = vae.to(args.device, memory_format=torch.channels_last).train()
-    average = frozen_copy(vae).to(args.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    clock, step, state_path = Clock(stage_minutes(args, "vae") * 60), 0, work / "vae.pt"
-    if state_path.exists():
-        state = torch.load(state_path, map_location=args.device, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["opt"])
-        clock.spent, step = state["seconds"], state["step"]
-    if "vae" not in args.stages:
-        return average
-    trained = identity(args, "vae")
-
-    def save():
-        parts = {"vae": vae, "ema": average, "opt": optimizer}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        save_state(state_path, state | {"seconds": clock.seconds, "step": step, "identity": trained})
-
-    say_if_spent(clock, state_path)
-    if clock.share < 1:
+    clock, trained = Clock(stage_minutes(args, "vae") * 60), identity(args, "vae")
+    training = Training(
+        "vae", {"vae": vae}, 2e-3, clock, work / "vae.pt", trained, weight_decay=1e-4, warmup=100, decay=0.995
+    )
+    if "vae" in args.stages and not training.over():
         images = vae_images(work / "vae_images.npz")
-        clock.started = time.monotonic()
-    saved, progress = time.monotonic(), tqdm(initial=step, desc="vae", unit="step", disable=None)
-    while clock.share < 1:
-        generator = np.random.default_rng((args.seed, step))
-        image = images.crops(generator, batch=args.vae_batch, size=64).to(args.device).mul(2).sub(1)
-        image = image.contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(image).latent_dist
-        output = vae.decode(posterior.sample(step_generator(args.seed, step))).sample
-        loss = reconstruction_loss(output, image) + 1e-6 * posterior.kl().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(2e-3, step, clock.share, warmup=100)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        update_ema(average, vae, min(0.995, 1 - 1 / (step + 2)))
-        step += 1
-        progress.update()
-        if step % LOG_STEPS == 0:
-            psnr = -10 * math.log10((output - image).detach().div(2).square().mean().item())
-            log(stage="vae", step=step, seconds=clock.seconds, loss=loss.item(), psnr=psnr)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-    save()
-    return average
+
+        def forward(step: int) -> tuple[int, dict[str, Tensor]]:
+            generator = np.random.default_rng((args.seed, step))
+            image = images.crops(generator, batch=args.vae_batch, size=64).to(args.device).mul(2).sub(1)
+            image = image.contiguous(memory_format=torch.channels_last)
+            posterior = vae.encode(image).latent_dist
+            output = vae.decode(posterior.sample(step_generator(args.seed, step))).sample
+            loss = reconstruction_loss(output, image) + 1e-6 * posterior.kl().mean()
+            return len(image), {"loss": loss, "squared error": (output - image).div(2).square().mean()}
+
+        training.run(forward, log)
+    return training.averages["vae"]
 
 
 @torch.no_grad()
@@ -180,51 +135,19 @@ def train_unet(
     unet, text = load_or_build(args, tokenizer)
     unet = unet.to(args.device, memory_format=torch.channels_last).train()
     text = text.to(args.device).train()
-    averages = frozen_copy(unet).to(args.device), frozen_copy(text).to(args.device)
-    parameters = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    clock, trained = Clock(stage_minutes(args, "unet") * 60), identity(args, "unet")
-    step, samples, state_path = 0, 0, work / "unet.pt"
-    if state_path.exists():
-        state = torch.load(state_path, map_location=args.device, weights_only=True)
-        for module, name in zip((unet, text, *averages, optimizer), PARTS, strict=True):
-            module.load_state_dict(state[name])
-        clock.spent, step, samples = state["seconds"], state["step"], state["samples"]
+    modules, clock = {"unet": unet, "text": text}, Clock(stage_minutes(args, "unet") * 60)
+    training = Training("unet", modules, args.lr, clock, work / "unet.pt", identity(args, "unet"))
+    if not training.over():
+        latents = cached_latents(vae, tokenizer, work / "latents.pt", args.scenes, args.device)
+        alpha_bars = DDIMScheduler.from_config(scheduler_config()).alphas_cumprod.to(args.device)
 
-    def save():
-        parts = zip(PARTS, (unet, text, *averages, optimizer), strict=True)
-        state = {name: part.state_dict() for name, part in parts}
-        counts = {"seconds": clock.seconds, "step": step, "samples": samples}
-        save_state(state_path, state | counts | {"identity": trained})
+        def forward(step: int) -> tuple[int, dict[str, Tensor]]:
+            batch = latents.batch(np.random.default_rng((args.seed, step)), args.batch, args.device)
+            loss = denoising_loss(unet, text, batch, alpha_bars, step_generator(args.seed, step))
+            return len(batch["latent"]), {"loss": loss}
 
-    say_if_spent(clock, state_path)
-    latents = cached_latents(vae, tokenizer, work / "latents.pt", args.scenes, args.device)
-    alpha_bars = DDIMScheduler.from_config(scheduler_config()).alphas_cumprod.to(args.device)
-    clock.started = saved = time.monotonic()
-    progress, running = tqdm(initial=step, desc="unet", unit="step", disable=None), []
-    while clock.share < 1:
-        batch = latents.batch(np.random.default_rng((args.seed, step)), args.batch, args.device)
-        loss = denoising_loss(unet, text, batch, alpha_bars, step_generator(args.seed, step))
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(args.lr, step, clock.share)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        for average, live in zip(averages, (unet, text), strict=True):
-            update_ema(average, live, min(0.998, 1 - 1 / (step + 2)))
-        step, samples = step + 1, samples + len(batch["latent"])
-        running.append(loss.detach())
-        progress.update()
-        if step % LOG_STEPS == 0:
-            mean = torch.stack(running).mean().item()
-            log(stage="unet", step=step, seconds=clock.seconds, samples=samples, loss=mean)
-            running.clear()
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-    save()
-    return *averages, {"steps": step, "samples": samples, "seconds": round(clock.seconds)}
+        training.run(forward, log)
+    return *training.averages.values(), training.record()
 
 
 def scheduler_config() -> dict:

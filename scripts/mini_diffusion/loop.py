@@ -3,14 +3,18 @@
 import json
 import math
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from functional.noise import add_noise
+from scripts.mini_diffusion.state import save_state
 
 SAVE_SECONDS = 180
 LOG_STEPS = 50
@@ -91,12 +95,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def say_if_spent(clock: Clock, path: Path) -> None:
-    """Tell that nothing is left to train, which would else look like a training of no steps."""
-    if clock.share >= 1:
-        tqdm.write(f"{path} has spent its {clock.budget / 60:g} minutes: more --minutes train it further.")
-
-
 class Log:
     """One JSON object a line, printed as well."""
 
@@ -109,3 +107,101 @@ class Log:
         tqdm.write(line)
         with self.path.open("a") as file:
             file.write(line + "\n")
+
+
+@dataclass
+class Training:
+    """Modules and their moving averages on their way through a budget of time.
+
+    What `path` holds is gone on from. The rate is cosine_rate's, gradients are clipped to norm 1.
+
+    Args:
+        name: in progress bar and log.
+        modules: what is trained, by name.
+        lr: peak learning rate.
+        path: of the state, written every few minutes and at the end.
+        identity: of the training, stored with the state.
+        decay: bound of the moving averages' share of the past.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+    lr: float
+    clock: Clock
+    path: Path
+    identity: dict
+    weight_decay: float = 1e-3
+    warmup: int = 150
+    decay: float = 0.998
+    step: int = 0
+    samples: int = 0
+
+    def __post_init__(self):
+        device = next(next(iter(self.modules.values())).parameters()).device
+        self.averages = {name: frozen_copy(module).to(device) for name, module in self.modules.items()}
+        self.parameters = [p for module in self.modules.values() for p in module.parameters()]
+        options = {"lr": self.lr, "betas": (0.9, 0.99), "weight_decay": self.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)
+        if self.path.exists():
+            state = torch.load(self.path, map_location=device, weights_only=True)
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            self.clock.spent, self.step, self.samples = state["seconds"], state["step"], state["samples"]
+
+    def parts(self) -> dict:
+        """All that has a state, by its name in the file."""
+        averages = {f"ema_{name}": average for name, average in self.averages.items()}
+        return {**self.modules, **averages, "optimizer": self.optimizer}
+
+    def save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.parts().items()} | self.counts()
+        save_state(self.path, state | {"identity": self.identity})
+
+    def counts(self) -> dict:
+        """Steps, samples and seconds so far."""
+        return {"step": self.step, "samples": self.samples, "seconds": self.clock.seconds}
+
+    def record(self) -> dict:
+        """The same for the card of the result."""
+        return {"steps": self.step, "samples": self.samples, "seconds": round(self.clock.seconds)}
+
+    def over(self) -> bool:
+        """Whether no time is left, which is said: else it would look like a training of no steps."""
+        spent = self.clock.share >= 1
+        if spent:
+            minutes = self.clock.budget / 60
+            tqdm.write(f"{self.path} has spent its {minutes:g} minutes: more --minutes train it further.")
+        return spent
+
+    def run(self, forward: Callable[[int], tuple[int, dict[str, Tensor]]], log: "Log") -> None:
+        """Train until the time is spent.
+
+        Args:
+            forward: from the number of a step to the samples it saw and its figures, of which "loss" is
+                minimised and the means of all are logged.
+        """
+        self.clock.started = saved = time.monotonic()
+        progress = tqdm(initial=self.step, desc=self.name, unit="step", disable=None)
+        figures = defaultdict(list)
+        while self.clock.share < 1:
+            samples, found = forward(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = cosine_rate(self.lr, self.step, self.clock.share, self.warmup)
+            self.optimizer.zero_grad(set_to_none=True)
+            found["loss"].backward()
+            clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            for name, average in self.averages.items():
+                update_ema(average, self.modules[name], min(self.decay, 1 - 1 / (self.step + 2)))
+            self.step, self.samples = self.step + 1, self.samples + samples
+            for name, figure in found.items():
+                figures[name].append(figure.detach())
+            progress.update()
+            if self.step % LOG_STEPS == 0:
+                means = {name: torch.stack(values).mean().item() for name, values in figures.items()}
+                log(stage=self.name, **self.counts(), **means)
+                figures.clear()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()

@@ -259,8 +259,8 @@ def test_an_option_changes_the_weights(model, usual, tmp_path, words):
 
 
 def test_a_training_that_is_killed_goes_on_as_if_nothing_had_happened(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.train_mini_controlnet.SAVE_SECONDS", -1)
-    monkeypatch.setattr("scripts.train_mini_controlnet.cosine_rate", lambda base, *_: base)
+    monkeypatch.setattr("scripts.mini_diffusion.loop.SAVE_SECONDS", -1)
+    monkeypatch.setattr("scripts.mini_diffusion.loop.cosine_rate", lambda base, *_: base)
     whole, calls = train(model, tmp_path / "whole"), []
 
     def killed(*args):

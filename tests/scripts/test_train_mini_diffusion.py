@@ -14,18 +14,9 @@ from scripts.mini_diffusion.layout import (
     build_vae,
     save_pipeline,
 )
-from scripts.mini_diffusion.loop import draw_timesteps
+from scripts.mini_diffusion.loop import Clock, cosine_rate, draw_timesteps, frozen_copy, update_ema
 from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_crop, sensor_picture
-from scripts.train_mini_diffusion import (
-    Clock,
-    cosine_rate,
-    frozen_copy,
-    main,
-    normalise_latents,
-    reconstruction_loss,
-    scheduler_config,
-    update_ema,
-)
+from scripts.train_mini_diffusion import main, normalise_latents, reconstruction_loss, scheduler_config
 from tests.small_diffusion import few_scenes, small_vae
 
 
