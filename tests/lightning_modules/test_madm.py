@@ -1,128 +1,19 @@
-"""MADM's step against the plain one of benchmarks/, its clock, its checkpoints, its switches."""
+"""MADM's step against the plain one of benchmarks/, its clock, its optimiser, its switches."""
 
 import re
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from torch.utils.data import Dataset, default_collate
 
 from benchmarks.plain_madm import plain_backward
-from callbacks.checkpoints import Checkpoints
-from callbacks.panels import Panels
 from functional.noise import named_generator
 from lightning_modules.base import NORMALISATIONS
 from lightning_modules.madm import MADMTraining
 from lightning_modules.schedules import WarmupSteps
-from models.diffusion.stable_diffusion import StableDiffusion
-from models.madm import MADM
-from tests.tiny_model import write_tiny_model
-from tests.tiny_training import TinyDataModule, assert_equal, tiny_trainer
-
-SIZE = 32
-FROZEN = ("diffusion.vae.", "diffusion.unet.conv_norm_out.", "diffusion.unet.conv_out.")
-
-
-class Blocks(Dataset):
-    """Images of coloured blocks whose colour tells the class, 32x32."""
-
-    def __init__(self, length, offset):
-        self.length, self.offset = length, offset
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng([self.offset, index])
-        label = rng.integers(0, 11, (4, 4), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        noise = rng.integers(0, 30, (SIZE, SIZE, 3))
-        image = (label[..., None] * [20, 9, 15] + noise).astype(np.uint8)
-        label[:3] = 255
-        return {"image": image, "label": label, "name": f"blocks-{self.offset}-{index}"}
-
-
-def pair(samples):
-    """Every other sample as source, the rest as target, without their labels."""
-    target = default_collate(samples[1::2])
-    return {"source": default_collate(samples[::2]), "target": {k: target[k] for k in ("image", "name")}}
-
-
-class Pairs(TinyDataModule):
-    """Stands for AdaptationDataModule: `pairs` source and target images of random blocks a batch."""
-
-    def __init__(self, pairs=1):
-        super().__init__(batch_size=2 * pairs)
-        self.transform = None
-
-    def train_dataset(self):
-        return Blocks(14, 0)
-
-    def eval_datasets(self, split):
-        return {"day": Blocks(3, 1), "night": Blocks(2, 2)}
-
-    def train_dataloader(self):
-        loader = super().train_dataloader()
-        loader.collate_fn = pair
-        return loader
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model")
-    return write_tiny_model(place, widths=(8, 16, 16, 16), vae_widths=(8, 8), heads=1)
-
-
-@pytest.fixture
-def build(folder):
-    """Build the same training module at each call; options of the network as a dict."""
-
-    def build(network=None, num_classes=11, **arguments):
-        torch.manual_seed(0)
-        options = {"dropout": 0.0, **(network or {})}
-        parts = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
-        widths = {"projection_channels": 32, "bottleneck_channels": 32, "embed_channels": 8, "channels": 8}
-        model = MADM(
-            StableDiffusion(str(folder), parts), num_classes, noise_size=(16, 16), **widths, **options
-        )
-        return MADMTraining(model, "deliver11", **{"lr": 1e-3, "threshold": 0.16, **arguments})
-
-    return build
-
-
-class Watch(Callback):
-    """Records at each step k, the gradients before clipping, learning rates, and what was logged."""
-
-    def __init__(self):
-        self.steps, self.gradients, self.rates, self.logged = [], [], [], []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.steps.append(trainer.global_step)
-        self.rates.append({group["lr"] for group in optimizer.param_groups})
-        named = pl_module.network.named_parameters()
-        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
-
-
-def fit(module, tmp_path, steps=1, callbacks=(), data=None, resume=None, **options):
-    watch = Watch()
-    trainer = tiny_trainer(
-        tmp_path, steps, [watch, *callbacks], enable_checkpointing=bool(callbacks), **options
-    )
-    trainer.fit(module, data or Pairs(), ckpt_path=resume, weights_only=True if resume else None)
-    return watch
-
-
-def first_batch(pairs=1):
-    return next(iter(Pairs(pairs).train_dataloader()))
-
-
-# --- the step
-
+from tests.tiny_madm import FROZEN, SIZE, Pairs, first_batch, fit, spy
+from tests.tiny_training import tiny_trainer
 
 SETTINGS = {
     "depth": ({}, {}),
@@ -263,17 +154,6 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, build):
 # --- the clock: timestep, moving average, learning rate, clipping
 
 
-def spy(module, monkeypatch, name):
-    calls, original = [], getattr(module.network, name)
-
-    def call(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module.network, name, call)
-    return calls
-
-
 def test_the_teacher_sees_a_timestep_that_decays_to_zero(tmp_path, build, monkeypatch):
     module = build(dplg_start=(60, 61), dplg_end_step=2)
     calls = spy(module, monkeypatch, "teacher")
@@ -374,129 +254,3 @@ def test_the_norm_is_clipped_after_the_scale_is_taken_off(tmp_path, build, scale
     assert total > 0.1
     assert watch.logged[0]["train/gradient_norm"] == pytest.approx(total, rel=1e-4)
     assert norm.used == pytest.approx(min(total, bound), rel=1e-4)
-
-
-# --- checkpoints and evaluation
-
-
-def everything(path):
-    checkpoint = torch.load(path, weights_only=True)
-    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "Pairs")}
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.should_stop = trainer.global_step == self.step
-
-
-RESUMED = {
-    "published": {"teacher_dropout": True},
-    "all random, all averaged": {"teacher_dropout": True, "fresh_noise": True, "ema_unet": True},
-    "without LPLR": {"lplr": False},
-}
-
-
-@pytest.mark.parametrize(
-    "setting", [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(RESUMED)]
-)
-def test_four_steps_and_a_resume_equal_eight_steps_bit_for_bit(tmp_path, build, monkeypatch, setting):
-    schedule = WarmupSteps(0.3, boundaries=[0.7])
-    make = partial(build, {"dropout": 0.5, **RESUMED[setting]}, dplg_end_step=6, schedule=schedule)
-    whole = fit(make(), tmp_path / "whole", 8, [Checkpoints(4)])
-    fit(make(), tmp_path / "parts", 8, [StopAt(4), Checkpoints(4)])
-    module = make()
-    torch.manual_seed(5)  # another process starts with other generators
-    updates = spy(module, monkeypatch, "update_teacher")
-    last = tmp_path / "parts/checkpoints/last.ckpt"
-    resumed = fit(module, tmp_path / "parts", 8, [Checkpoints(4)], resume=last)
-    assert [step for step, _ in updates] == [4, 5, 6, 7]
-    assert resumed.logged == whole.logged[4:]
-    assert_equal(everything(tmp_path / "whole/checkpoints/last.ckpt"), everything(last))
-
-
-def test_a_checkpoint_holds_the_teacher_and_no_frozen_weight(tmp_path, build):
-    module = build({"ema_unet": True})
-    fit(module, tmp_path, 2, [Checkpoints()])
-    checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
-    names = set(checkpoint["state_dict"])
-    frozen = {name for name in module.state_dict() if name.startswith(tuple(f"network.{f}" for f in FROZEN))}
-    assert frozen and names == set(module.state_dict()) - frozen
-    assert [name for name in names if name.startswith("network.ema_unet.")]
-    assert [name for name in names if name.startswith("network.ema_adapter.")]
-    assert "palette" not in names
-
-
-def test_evaluation_is_repeatable_uses_the_student_and_changes_nothing(tmp_path, build, monkeypatch):
-    module = build({"dropout": 0.5, "teacher_dropout": True, "fresh_noise": True})
-    fit(module, tmp_path, 2)
-    monkeypatch.setattr(module.network, "teacher", None)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    scores = []
-    for _ in range(2):
-        trainer = tiny_trainer(tmp_path, 2, enable_checkpointing=False, limit_val_batches=1.0)
-        scores += trainer.validate(module, Pairs(), verbose=False)
-    assert scores[0] == pytest.approx(scores[1], rel=0, nan_ok=True)
-    assert_equal(before, module.state_dict())
-    image = torch.rand(1, 3, SIZE, SIZE)
-    ids = module.eval().predict_step({"image": image}, 0)
-    assert torch.equal(ids, module.network.student(image).logits.argmax(1))
-
-
-def test_a_validation_within_training_does_not_change_the_course(tmp_path, build):
-    ends = []
-    for options in ({}, {"limit_val_batches": 1, "val_check_interval": 1}):
-        module = build({"dropout": 0.5})
-        fit(module, tmp_path, 2, **options)
-        ends.append(module.state_dict())
-    assert_equal(*ends)
-
-
-class SameEverywhere(Callback):
-    """Fails unless all processes have the same parameters."""
-
-    def on_train_end(self, trainer, pl_module):
-        for name, parameter in pl_module.network.named_parameters():
-            first, *others = pl_module.all_gather(parameter.detach())
-            assert all(torch.equal(first, other) for other in others), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"train_output_layers": True}])
-def test_two_processes_of_one_pair_learn_what_two_micro_batches_do(tmp_path, build, options):
-    moments = []
-    for processes in (1, 2):
-        module = build(options, micro_batches=3 - processes, mixed_regression=0.0)
-        arguments = {"devices": 2, "strategy": "ddp_fork"} if processes == 2 else {}
-        place, callbacks = tmp_path / str(processes), [Checkpoints(), SameEverywhere()]
-        fit(module, place, 1, callbacks[:processes], Pairs(3 - processes), **arguments)
-        checkpoint = torch.load(place / "checkpoints/last.ckpt", weights_only=True)
-        moments.append(checkpoint["optimizer_states"][0]["state"])
-    for number, state in moments[0].items():  # a tenth of the clipped gradient
-        torch.testing.assert_close(moments[1][number]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-8)
-
-
-# --- pictures
-
-
-@pytest.mark.parametrize("lplr", [True, False])
-def test_panels_show_source_target_and_mixed_image(tmp_path, build, lplr):
-    kept = []
-
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            kept.append(pl_module.pictures)
-
-    module = build({"lplr": lplr})
-    fit(module, tmp_path, 3, [Keep(), Panels(2)])
-    assert [rows is not None for rows in kept] == [True, False, True]
-    regression = ["regression"] if lplr else []
-    learnt = ["image", "label", "prediction", *regression]
-    titles = {"source": learnt, "mixed": learnt}
-    titles["target"] = ["image", "pseudo label", "confidence", *regression]
-    assert {row: [*pictures] for row, pictures in kept[0].items()} == titles
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
-        "train-000000.png", "train-000002.png",
-    ]  # fmt: skip
