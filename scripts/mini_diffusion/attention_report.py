@@ -219,14 +219,17 @@ def object_attention_report(
     """
     held_out, words = object_words("val", scenes), object_words("test", scenes)
     found = {t: word_maps(diffusion, held_out, t, seed=max(seeds) + 1) for t in timesteps}
+    kinds = dict(enumerate(("cross-attention", "completed")))
+    best = {k: choose({t: maps[k] for t, maps in found.items()}, held_out, weight_choices()) for k in kinds}
+    chosen = {settings.timestep for settings in best.values()}
+    drawn = {t: [word_maps(diffusion, words, t, seed) for seed in seeds] for t in chosen}
     report = {}
-    for kind, name in enumerate(("cross-attention", "completed")):
-        best = choose({t: maps[kind] for t, maps in found.items()}, held_out, weight_choices())
-        drawn = [word_maps(diffusion, words, best.timestep, seed)[kind] for seed in seeds]
-        iou, area, own = averaged([score(maps, words, best) for maps in drawn])
+    for kind, name in kinds.items():
+        settings = best[kind]
+        iou, area, own = averaged([score(maps[kind], words, settings) for maps in drawn[settings.timestep]])
         several = ~np.isnan(own)
         report[name] = {
-            "settings": f"t {best.timestep}, levels {best.weights}, threshold {best.threshold}",
+            "settings": f"t {settings.timestep}, levels {settings.weights}, threshold {settings.threshold}",
             "IoU %": bootstrap(iou, words.scene),
             "AUC": bootstrap(area, words.scene),
             "finds its own of several %": bootstrap(100 * own[several], words.scene[several]),
