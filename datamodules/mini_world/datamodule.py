@@ -21,6 +21,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         eval_modality: sensor of the evaluation images; None for the same.
         eval_conditions: conditions of which there is an evaluation set; None for all five.
         size: side in pixels, 64..512.
+        eval_size: that of the evaluation scenes; None for the same.
         train_length: number of training scenes.
         train_offset: index of the first of them, so that source and target need not show the same scenes.
         eval_length: number of scenes of each evaluation set.
@@ -37,6 +38,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         eval_modality: str | None = None,
         eval_conditions: list[str] | None = None,
         size: int = 128,
+        eval_size: int | None = None,
         train_length: int = 2000,
         train_offset: int = 0,
         eval_length: int = 50,
@@ -56,7 +58,7 @@ class MiniStreetDataModule(SegmentationDataModule):
         self.eval_sets = {
             split: {
                 condition: MiniStreetDataset(
-                    split, eval_length, eval_style, [condition], eval_modality or modality, size
+                    split, eval_length, eval_style, [condition], eval_modality or modality, eval_size or size
                 )
                 for condition in eval_conditions or CONDITIONS
             }

@@ -125,6 +125,12 @@ def test_training_and_evaluation_can_differ_in_style_and_sensor():
     assert not np.array_equal(game, rgb)
 
 
+def test_evaluation_scenes_can_have_a_size_of_their_own():
+    data = MiniStreetDataModule(size=80, eval_size=64, train_length=1, eval_length=1, eval_conditions=["day"])
+    assert data.train_dataset()[0]["image"].shape == (80, 80, 3)
+    assert data.eval_datasets("val")["day"][0]["image"].shape == (64, 64, 3)
+
+
 def test_evaluation_can_be_restricted_to_some_conditions():
     data = MiniStreetDataModule(size=64, train_length=1, eval_length=1, eval_conditions=["snow", "day"])
     assert data.test_set_names == ["snow", "day"]
