@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +40,7 @@ from scripts.mini_diffusion.intervals import Interval, bootstrap
 from scripts.mini_diffusion.judges import score_judges, train_judges
 from scripts.mini_diffusion.samples import (
     Samples,
+    draw,
     sample_controlled,
     sample_objects,
     score_controlled,
@@ -167,7 +168,7 @@ def caption_losses(
 
     Returns:
         {"t 150 right": mean squared error of the predicted noise, "t 150 empty": ..., "t 150 wrong": ...,
-        "t 150 right below wrong %": an interval, ...}, means over scenes and noise seeds.
+        "t 150 right below empty %": an interval, ...}, means over scenes and noise seeds.
     """
     rng = np.random.default_rng(0)
     drawn = [render_objects("test", i) for i in range(scenes)]
@@ -187,9 +188,11 @@ def caption_losses(
             errors[:, column] += (predicted - noise).square().mean((1, 2, 3)).numpy() / len(seeds)
         means = zip(texts, errors.mean(0).tolist(), strict=True)
         report |= {f"t {timestep} {kind}": mean for kind, mean in means}
-        report[f"t {timestep} right below wrong %"] = bootstrap(
-            errors, statistic=lambda mean: 100 * (1 - mean[..., 0] / mean[..., 2])
-        )
+        for column, other in enumerate(texts):
+            if other != "right":
+                report[f"t {timestep} right below {other} %"] = bootstrap(
+                    errors, statistic=lambda mean, i=column: 100 * (1 - mean[..., 0] / mean[..., i])
+                )
     return report
 
 
@@ -197,7 +200,9 @@ def caption_losses(
 
 
 @torch.no_grad()
-def inversion_report(diffusion: StableDiffusion, images: Tensor, steps: int = 37) -> dict[str, float]:
+def inversion_report(
+    diffusion: StableDiffusion, images: Tensor, steps: int = 37
+) -> dict[str, float | Interval]:
     """Follow DIFF's path from step 0 up and back: ||z' - z|| / ||z|| of the latents in percent."""
     times = (0, *PATHS[steps].targets)
     errors = []
@@ -212,29 +217,18 @@ def inversion_report(diffusion: StableDiffusion, images: Tensor, steps: int = 37
         back = follow(up, times[::-1], diffusion.alpha_bars, predict)[-1]
         errors.append(100 * (back - latent).flatten(1).norm(dim=1) / latent.flatten(1).norm(dim=1))
     error = torch.cat(errors)
-    return {"mean error %": error.mean().item(), "worst error %": error.max().item()}
+    return {"mean error %": bootstrap(error.numpy()), "worst error %": error.max().item()}
 
 
 # ---------------------------------------------------------------------------------------------------- samples
 
 
-def sample_grid(folder: Path, guidances: tuple[float, ...], seed: int, size: int = 64) -> np.ndarray:
+def sample_grid(folder: Path, guidances: tuple[float, ...], seed: int) -> np.ndarray:
     """Samples drawn by diffusers' own pipeline: a row per guidance scale, a column per prompt."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
     tiles = []
-    for guidance in tqdm(guidances, desc="samples"):
-        images = pipeline(
-            list(PROMPTS),
-            height=size,
-            width=size,
-            num_inference_steps=30,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-        ).images
-        tiles += [(image * 255).round().astype(np.uint8) for image in images]
+    for guidance in guidances:
+        tiles += to_pictures(draw(pipeline, list(PROMPTS), guidance, [seed]))
     return enlarge(grid(tiles, len(PROMPTS), gap=0), 2)
 
 
@@ -315,7 +309,7 @@ def samples_section(args, diffusion: StableDiffusion) -> dict:
         "judges, scenes through the autoencoder": score_judges(classifier, segmenter, change=round_trip),
     }
     for guidance in (4.0, 7.5):
-        drawn = sample_objects(args.model, args.samples, guidance, args.seeds[0])
+        drawn = sample_objects(args.model, args.samples, guidance, args.seeds)
         report[f"guidance {guidance:g}"] = score_samples(classifier, drawn)
     return report
 
@@ -328,12 +322,16 @@ def controlnet_folder(model: Path, kind: str) -> Path:
 def control_section(args, diffusion: StableDiffusion) -> dict:
     """Whether the object drawn with a ControlNet fills its control mask, and a grid of both kinds."""
     _, segmenter = train_judges(args.judges)
-    drawn = {}
-    for kind in CONTROLS:
-        folder = controlnet_folder(args.model, kind)
-        drawn[kind] = sample_controlled(args.model, folder, kind, args.samples, 4.0, args.seeds[0])
+    folders = {kind: controlnet_folder(args.model, kind) for kind in CONTROLS}
+    drawn = {
+        kind: sample_controlled(args.model, folder, kind, args.samples, 4.0, args.seeds)
+        for kind, folder in folders.items()
+    }
     Image.fromarray(control_grid(drawn, 10)).save(args.output / "control.png")
-    return {kind: score_controlled(segmenter, samples) for kind, samples in drawn.items()}
+    return {
+        kind: {"of": weights_fingerprint(folders[kind]), **score_controlled(segmenter, samples)}
+        for kind, samples in drawn.items()
+    }
 
 
 SECTIONS = {
@@ -365,12 +363,31 @@ def markdown(report: dict) -> str:
 
 
 def earlier_sections(path: Path, of: dict) -> dict:
-    """The sections of a report that was measured of the same; of another, none, and a line that says so."""
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    if earlier and earlier.get("of") != of:
-        print(f"{path} was measured of {earlier.get('of')}, not of {of}: it is begun anew.")
-        return {}
-    return earlier.get("sections", {})
+    """The sections that a report in the place of the new one holds.
+
+    Raises:
+        ValueError: it was measured of other weights or scenes.
+    """
+    earlier = json.loads(path.read_text()) if path.exists() else {"of": of, "sections": {}}
+    if earlier["of"] != of:
+        raise ValueError(
+            f"{path} was measured of {earlier['of']}, not of {of}. "
+            "Give another --output, or delete that file."
+        )
+    return earlier["sections"]
+
+
+def check_controlnet(model: Path, kind: str, weights: str) -> None:
+    """Raise a ValueError unless the ControlNet beside a model was trained on its weights."""
+    folder = controlnet_folder(model, kind)
+    record = folder / "training.json"
+    of = json.loads(record.read_text())["model"] if record.is_file() else "nothing"
+    if of != weights:
+        raise ValueError(
+            f"{folder} holds a ControlNet of {of}, and the model has {weights}. Leave out the section "
+            f"control, or train one: python -m scripts.train_mini_controlnet --kind {kind} "
+            f"--model {model} --output {folder}"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -386,8 +403,16 @@ def main(argv: list[str] | None = None) -> None:
         default=list(SECTIONS),
         help="the others keep their figures",
     )
-    parser.add_argument("--scenes", type=int, default=64, help="test scenes per kind and condition")
-    parser.add_argument("--samples", type=int, default=260, help="generated pictures that are judged")
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=64,
+        help="test scenes per kind and condition; four times as many for captions and to fit the probe, "
+        "twice as many for attention on objects, half on streets",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=260, help="generated pictures that are judged, at least 10"
+    )
     parser.add_argument(
         "--judges", type=Path, default=Path("work/judges"), help="folder where the trained judges are kept"
     )
@@ -395,16 +420,20 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of probe, noise and untrained weights"
     )
     args = parser.parse_args(argv)
-    nets = [controlnet_folder(args.model, kind) for kind in CONTROLS] if "control" in args.sections else []
-    if missing := [net for net in nets if not (net / "config.json").is_file()]:
-        parser.error(f"{missing[0]} holds no ControlNet: train it, or leave out the section control.")
-    args.output.mkdir(parents=True, exist_ok=True)
-    parts = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
-    diffusion = StableDiffusion(str(args.model), parts=parts)
+    if args.scenes < 8 or args.samples < 10:
+        parser.error(f"--scenes must be at least 8, --samples 10: found {args.scenes} and {args.samples}.")
     path = args.output / "report.json"
     of = {"weights": weights_fingerprint(args.model), "scenes": args.scenes, "seeds": args.seeds}
     of["samples"] = args.samples
-    report = earlier_sections(path, of)
+    try:
+        report = earlier_sections(path, of)
+        for kind in CONTROLS if "control" in args.sections else ():
+            check_controlnet(args.model, kind, of["weights"])
+    except ValueError as error:
+        parser.error(str(error))
+    args.output.mkdir(parents=True, exist_ok=True)
+    parts = ("unet", "vae_encoder", "vae_decoder", "text_encoder")
+    diffusion = StableDiffusion(str(args.model), parts=parts)
     for section in args.sections:
         report[section] = SECTIONS[section](args, diffusion)
         report = {name: report[name] for name in SECTIONS if name in report}

@@ -1,7 +1,7 @@
 """Train a ControlNet (arXiv 2302.05543) on the frozen mini Stable Diffusion, within a time budget.
 
-    python -m scripts.train_mini_controlnet --kind mask --minutes 30 --output assets/mini-controlnet-mask
-    python -m scripts.train_mini_controlnet --kind edge --minutes 30 --output assets/mini-controlnet-edge
+    python -m scripts.train_mini_controlnet --kind mask --minutes 15 --output assets/mini-controlnet-mask
+    python -m scripts.train_mini_controlnet --kind edge --minutes 15 --output assets/mini-controlnet-edge
 
 The control is a picture of the exact label of an object scene: class colours (`mask`) or edges (`edge`).
 State is saved every few minutes in --work; the same command goes on from it, and one that would train
@@ -24,6 +24,7 @@ from functional.classes import MINI_OBJECTS
 from functional.control_images import edge_image, mask_image
 from scripts.mini_diffusion.latents import LabelledLatents, cached_labelled_latents
 from scripts.mini_diffusion.loop import Clock, Log, Training, denoising_loss, step_generator
+from scripts.mini_diffusion.scenes import scenes_digest
 from scripts.mini_diffusion.state import check_state, identity, weights_fingerprint
 
 CONTROLS = {"mask": partial(mask_image, colors=MINI_OBJECTS.colors), "edge": edge_image}
@@ -92,6 +93,7 @@ def train(args, log: Log) -> tuple[ControlNetModel, dict]:
     """Train on cached latents; returns the EMA weights and what was done."""
     unet, text, scenes, controlnet = load_frozen(args)
     name, clock, trained = f"controlnet {args.kind}", Clock(args.minutes * 60), identity(args, "controlnet")
+    trained["scenes drawn"] = scenes_digest()
     path = args.work / "controlnet.pt"
     training = Training(name, {"controlnet": controlnet}, args.lr, clock, path, trained)
     alpha_bars = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler").alphas_cumprod
@@ -129,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=Path("assets/mini-diffusion"), help="the frozen model, in SD's layout"
     )
-    parser.add_argument("--minutes", type=float, default=30, help="time to train, rendering not counted")
+    parser.add_argument("--minutes", type=float, default=15, help="time to train, rendering not counted")
     parser.add_argument("--work", type=Path, help="folder of state and cache (work/controlnet-KIND)")
     parser.add_argument("--output", type=Path, help="folder of the result (`model` in --work)")
     parser.add_argument("--init-from", type=Path, help="a folder this script wrote: start from its weights")
@@ -161,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     record = done | {
         "kind": args.kind,
         "model": weights_fingerprint(args.model),
+        "init_from": args.init_from and weights_fingerprint(args.init_from),
         "empty_captions": EMPTY_SHARE,
         "seed": args.seed,
         "lr": args.lr,

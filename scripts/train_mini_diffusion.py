@@ -1,7 +1,8 @@
-"""Train the mini Stable Diffusion on the mini world, from nothing, within a time budget.
+r"""Train the mini Stable Diffusion on the mini world, from nothing, within a time budget.
 
     python -m scripts.train_mini_diffusion --minutes 90
-    python -m scripts.train_mini_diffusion --minutes 60 --stages unet --init-from assets/mini-diffusion
+    python -m scripts.train_mini_diffusion --minutes 60 --stages unet --lr 6e-4 \
+        --init-from assets/mini-diffusion --work work/further
 
 Stages: `vae` (autoencoder on both kinds of scenes, the other sensors and label palettes), `unet` (U-Net and
 text encoder together on cached latents). State is saved every few minutes in --work; the same command goes
@@ -28,8 +29,8 @@ from scripts.mini_diffusion.layout import (
     save_pipeline,
 )
 from scripts.mini_diffusion.loop import Clock, Log, Training, denoising_loss, step_generator
-from scripts.mini_diffusion.scenes import vae_images
-from scripts.mini_diffusion.state import check_state, identity
+from scripts.mini_diffusion.scenes import scenes_digest, vae_images
+from scripts.mini_diffusion.state import check_state, identity, weights_fingerprint
 
 
 def stage_minutes(args, stage: str) -> float:
@@ -136,7 +137,8 @@ def train_unet(
     unet = unet.to(args.device, memory_format=torch.channels_last).train()
     text = text.to(args.device).train()
     modules, clock = {"unet": unet, "text": text}, Clock(stage_minutes(args, "unet") * 60)
-    training = Training("unet", modules, args.lr, clock, work / "unet.pt", identity(args, "unet"))
+    trained = identity(args, "unet") | {"scenes drawn": scenes_digest()}
+    training = Training("unet", modules, args.lr, clock, work / "unet.pt", trained)
     if not training.over():
         latents = cached_latents(vae, tokenizer, work / "latents.pt", args.scenes, args.device)
         alpha_bars = DDIMScheduler.from_config(scheduler_config()).alphas_cumprod.to(args.device)
@@ -170,10 +172,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("work/mini-diffusion/model"),
-        help="folder of the model, which the stage unet writes",
+        "--output", type=Path, help="folder of the model, which the stage unet writes (`model` in --work)"
     )
     parser.add_argument(
         "--work", type=Path, default=Path("work/mini-diffusion"), help="folder of state and caches"
@@ -192,19 +191,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--scenes",
         type=int,
         default=40000,
-        help="object scenes in the cache; street crops a quarter as many, whole streets a sixteenth",
+        help="object scenes in the cache; street crops and sensor crops a quarter as many each, whole "
+        "streets a sixteenth",
     )
     parser.add_argument("--vae-batch", type=int, default=8)
     parser.add_argument(
         "--batch", type=int, default=32, help="batch at 16x16 latents; a quarter of it at 32x32"
     )
     args = parser.parse_args(argv)
+    args.output = args.output or args.work / "model"
     for stage in args.stages:
         if stage_minutes(args, stage) <= 0:
             parser.error(
                 f"--minutes {args.minutes} --vae-share {args.vae_share} leaves the stage {stage} no time: "
                 "give more minutes, and a share above 0 and below 1."
             )
+    held = list(args.output.glob("*"))
+    if held and args.output / "model_index.json" not in held:
+        parser.error(f"--output {args.output} holds no model but {held[0].name}: give another folder.")
     if args.init_from is not None and not (args.init_from / "model_index.json").is_file():
         parser.error(f"--init-from {args.init_from} has no model_index.json: give a folder of this script.")
     if args.init_from is None and "vae" not in args.stages and not (args.work / "vae.pt").exists():
@@ -232,9 +236,11 @@ def main(argv: list[str] | None = None) -> None:
     vae = vae.requires_grad_(False).eval()
     unet, text, record = train_unet(args, vae, tokenizer, args.work, log)
     record |= {
+        "init_from": args.init_from and weights_fingerprint(args.init_from),
         "seed": args.seed,
         "lr": args.lr,
         "batch": args.batch,
+        "scenes": args.scenes,
         "device": args.device,
         "torch": torch.__version__,
     }

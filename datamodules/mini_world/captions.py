@@ -63,7 +63,7 @@ def street_caption(facts: dict, rng: np.random.Generator, present: Sequence[str]
     form = rng.random()
     if form < 0.22 or len(names) == 1:
         thing = _street_thing(names[0], facts["attributes"], rng)
-        return f"a photo of {_article(thing)}" + (f" {condition}" if rng.random() < 0.4 else "")
+        return f"a photo of {article(thing)}" + (f" {condition}" if rng.random() < 0.4 else "")
     if form < 0.39:
         names = names[: int(rng.integers(2, 5))]
         whole_street = False
@@ -86,7 +86,7 @@ def object_caption(facts: dict, rng: np.random.Generator) -> str:
     if rng.random() < 0.15:
         objects = objects[:1]
     things = [
-        _article(f"{color} {category}" if rng.random() < 0.6 else category) for category, color in objects
+        article(f"{color} {category}" if rng.random() < 0.6 else category) for category, color in objects
     ]
     ground = f" on {facts['background']}" if rng.random() < 0.7 else ""
     return f"a photo of {_join(things)}{ground}"
@@ -98,7 +98,8 @@ def _street_thing(name: str, attributes: dict[str, str], rng: np.random.Generato
     return f"person in {attributes[name]}" if name == "person" else f"{attributes[name]} {name}"
 
 
-def _article(thing: str) -> str:
+def article(thing: str) -> str:
+    """A thing with "a" or "an" before it."""
     return f"an {thing}" if thing[0] in "aeiou" else f"a {thing}"
 
 

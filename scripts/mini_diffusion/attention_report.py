@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from callbacks.pictures import to_uint8
-from datamodules.mini_world.captions import named_classes
+from datamodules.mini_world.captions import article, named_classes
 from datamodules.mini_world.objects import CATEGORIES, render_objects
 from datamodules.mini_world.street import render_street
 from functional.attention_maps import (
@@ -79,8 +79,8 @@ def word_maps(
 ) -> tuple[Tensor, Tensor]:
     """Maps of each word by level, stretched to [0, 1]: of the cross-attention, and completed.
 
-    Each word has a prompt of its own, "a photo of a {name}". Fusing and completing are linear in the weights,
-    so the levels can be weighed afterwards.
+    Each word has a prompt of its own, "a photo of a {name}", and each scene one noise, as its words share it.
+    Fusing and completing are linear in the weights, so the levels can be weighed afterwards.
 
     Returns:
         two tensors [N, levels, h, w] of the latent's size.
@@ -88,16 +88,19 @@ def word_maps(
     unet, generator = diffusion.unet, torch.Generator().manual_seed(seed)
     cross, own = attention_layers(unet, "cross"), attention_layers(unet, "self")
     own = [layer for layer in own if layer.startswith(("down_blocks.0", f"up_blocks.{LEVELS - 1}"))]
+    places, place = np.unique(words.scene, return_inverse=True)
+    size = [side // diffusion.vae_factor for side in words.image.shape[-2:]]
+    noise = torch.randn(len(places), diffusion.latent_channels, *size, generator=generator)
     plain, completed = [], []
     for start in tqdm(range(0, len(words.name), batch), desc=f"attention at t = {timestep}", unit="batch"):
         names = words.name[start : start + batch]
-        prompts = [f"a photo of a {name}" for name in names]
+        prompts = [f"a photo of {article(name)}" for name in names]
         tokens = [
             token_positions(diffusion.tokenizer, prompt, name)
             for prompt, name in zip(prompts, names, strict=True)
         ]
         latent = diffusion.encode(words.image[start : start + batch])
-        noised = diffusion.add_noise(latent, torch.randn(latent.shape, generator=generator), timestep)
+        noised = diffusion.add_noise(latent, noise[place[start : start + batch]], timestep)
         with record_attention(unet, [*cross, *own]) as weights:
             diffusion.predict_noise(noised, timestep, diffusion.encode_text(prompts))
         affinity = mean_by_level({layer: weights[layer] for layer in own}, LEVELS)[0]
@@ -175,7 +178,8 @@ def choose(maps: dict[int, Tensor], words: Words, choices: Sequence[tuple[float,
         choices: weights of the levels to choose from.
     """
     best, settings = -1.0, None
-    for (timestep, one), weights in product(maps.items(), choices):
+    pairs = list(product(maps.items(), choices))
+    for (timestep, one), weights in tqdm(pairs, desc="choosing timestep and levels"):
         found = intersection_over_union(
             mixed(one, weights, words.mask.shape[-2:]), words.mask, THRESHOLDS
         ).mean(0)
@@ -227,12 +231,13 @@ def object_attention_report(
     for kind, name in kinds.items():
         settings = best[kind]
         iou, area, own = averaged([score(maps[kind], words, settings) for maps in drawn[settings.timestep]])
-        several = ~np.isnan(own)
+        several, chance = ~np.isnan(own), 1 / np.bincount(words.scene)[words.scene]
         report[name] = {
             "settings": f"t {settings.timestep}, levels {settings.weights}, threshold {settings.threshold}",
             "IoU %": bootstrap(iou, words.scene),
             "AUC": bootstrap(area, words.scene),
             "finds its own of several %": bootstrap(100 * own[several], words.scene[several]),
+            "the same by chance %": float(100 * chance[several].mean()),
         }
     return report
 
@@ -255,10 +260,11 @@ def street_attention_report(
         "attention": (mixed(found[timestep], settings.weights, (128, 128)), settings.weights, maps),
         "prior": (stretch(known_prior), (1.0,), [prior[:, None]]),
     }
-    report = {"levels": str(settings.weights)}
+    report = {"settings": f"t {timestep}, levels {settings.weights}"}
     for name in sorted(set(words.name) & set(held_out.name), key=DELIVER11.names.index):
         own, known = np.array(words.name) == name, np.array(held_out.name) == name
         part = Words(words.image[own], words.mask[own], [name] * own.sum(), words.scene[own])
+        report[f"{name} scenes"] = len(part.name)
         for kind, (on_val, weights, tested) in kinds.items():
             ious = intersection_over_union(on_val[known], held_out.mask[known], THRESHOLDS).mean(0)
             best = Settings(timestep, weights, THRESHOLDS[ious.argmax()].item())

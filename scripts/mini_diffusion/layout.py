@@ -146,5 +146,7 @@ def save_pipeline(
     # transformers 5 writes tokenizer.json alone
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(tokenizer_folder / name, temporary / "tokenizer" / name)
+    if (card := folder / "README.md").is_file():
+        shutil.copy(card, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from functional.noise import add_noise
-from scripts.mini_diffusion.state import save_state
+from scripts.mini_diffusion.state import refuse_other, save_state
 
 SAVE_SECONDS = 180
 LOG_STEPS = 50
@@ -120,7 +120,7 @@ class Training:
         modules: what is trained, by name.
         lr: peak learning rate.
         path: of the state, written every few minutes and at the end.
-        identity: of the training, stored with the state.
+        identity: what makes this training another one, stored with the state.
         decay: bound of the moving averages' share of the past.
     """
 
@@ -133,10 +133,11 @@ class Training:
     weight_decay: float = 1e-3
     warmup: int = 150
     decay: float = 0.998
-    step: int = 0
-    samples: int = 0
+    step: int = field(default=0, init=False)
+    samples: int = field(default=0, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Raises a ValueError if the state in `path` is of another training."""
         device = next(next(iter(self.modules.values())).parameters()).device
         self.averages = {name: frozen_copy(module).to(device) for name, module in self.modules.items()}
         self.parameters = [p for module in self.modules.values() for p in module.parameters()]
@@ -144,6 +145,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **options)
         if self.path.exists():
             state = torch.load(self.path, map_location=device, weights_only=True)
+            refuse_other(self.path, state["identity"], self.identity)
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
             self.clock.spent, self.step, self.samples = state["seconds"], state["step"], state["samples"]

@@ -1,5 +1,6 @@
 """Pictures of single objects drawn by diffusers' own pipelines, and how far they show what was asked for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from diffusers import (
 from torch import Tensor
 from tqdm import tqdm
 
+from datamodules.mini_world.captions import article
 from datamodules.mini_world.objects import BACKGROUNDS, CATEGORIES, COLORS, VANISHING, render_objects
 from scripts.mini_diffusion.intervals import Interval, bootstrap
 from scripts.mini_diffusion.judges import SIZE, ObjectClassifier, ObjectSegmenter, mask_iou
@@ -33,8 +35,7 @@ class Thing(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        article = "an" if self.color[0] in "aeiou" else "a"
-        return f"a photo of {article} {self.color} {self.category} on {self.background}"
+        return f"a photo of {article(f'{self.color} {self.category}')} on {self.background}"
 
 
 @dataclass
@@ -58,11 +59,11 @@ def draw(
     pipeline: DiffusionPipeline,
     prompts: list[str],
     guidance: float,
-    seed: int,
-    steps: int,
+    seeds: Sequence[int],
+    steps: int = 30,
     control: Tensor | None = None,
 ) -> Tensor:
-    """Images [N, 3, 64, 64] in [0, 1], on the CPU, by deterministic DDIM from the noise of the seed.
+    """Images [N, 3, 64, 64] in [0, 1], on the CPU, by deterministic DDIM from the noise of the seeds in turn.
 
     Args:
         pipeline: as it was loaded; its scheduler is replaced.
@@ -70,9 +71,10 @@ def draw(
     """
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    generator, images = torch.Generator().manual_seed(seed), []
+    generators, images = [torch.Generator().manual_seed(seed) for seed in seeds], []
     for first in tqdm(range(0, len(prompts), BATCH), desc=f"samples, guidance {guidance:g}"):
         part = slice(first, first + BATCH)
+        numbers = range(first, min(first + BATCH, len(prompts)))
         images += pipeline(
             prompts[part],
             **({} if control is None else {"image": control[part]}),
@@ -80,17 +82,17 @@ def draw(
             width=SIZE,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=generator,
+            generator=[generators[i % len(generators)] for i in numbers],
             output_type="pt",
         ).images.cpu()
     return torch.stack(images)
 
 
-def sample_objects(folder: Path, count: int, guidance: float, seed: int, steps: int = 30) -> Samples:
+def sample_objects(folder: Path, count: int, guidance: float, seeds: Sequence[int]) -> Samples:
     """Ask the model in `folder` for single objects of all categories and colours."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    things = things_to_ask(count, seed)
-    return Samples(draw(pipeline, [thing.prompt for thing in things], guidance, seed, steps), things)
+    things = things_to_ask(count, seeds[0])
+    return Samples(draw(pipeline, [thing.prompt for thing in things], guidance, seeds), things)
 
 
 def sample_controlled(
@@ -99,8 +101,7 @@ def sample_controlled(
     kind: Literal["mask", "edge"],
     count: int,
     guidance: float,
-    seed: int,
-    steps: int = 30,
+    seeds: Sequence[int],
 ) -> Samples:
     """Draw the first single-object scenes of the split test anew, from their labels and their full captions.
 
@@ -115,7 +116,7 @@ def sample_controlled(
     label = torch.from_numpy(np.stack([scene["label"] for scene in scenes]))
     things = [Thing(*scene["objects"][0], scene["caption_facts"]["background"]) for scene in scenes]
     prompts = [thing.prompt for thing in things]
-    return Samples(draw(pipeline, prompts, guidance, seed, steps, CONTROLS[kind](label)), things, label)
+    return Samples(draw(pipeline, prompts, guidance, seeds, control=CONTROLS[kind](label)), things, label)
 
 
 # ----------------------------------------------------------------------------------------------------- scores

@@ -151,7 +151,7 @@ def sensor_crop(index: int, captions: int) -> tuple[np.ndarray, list[str]]:
 def scenes_digest() -> str:
     """A name for how scenes and captions are drawn: it changes with most changes of either."""
     first = [captioned_object(i, OBJECT_CAPTIONS) for i in range(8)]
-    first += [captioned_street(0, STREET_CAPTIONS)["crops"][0], sensor_crop(0, 1)]
+    first += [captioned_street(0, STREET_CAPTIONS)["crops"][0], *(sensor_crop(i, 1) for i in range(3))]
     digest = hashlib.sha256()
     for picture, captions in first:
         digest.update(picture.tobytes() + "\n".join(captions).encode())

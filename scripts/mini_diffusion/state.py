@@ -45,7 +45,11 @@ def check_state(args, stage: str) -> None:
     if not path.exists():
         return
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    was, now = state.get("identity", {}), identity(args, stage)
+    refuse_other(path, state.get("identity", {}), identity(args, stage))
+
+
+def refuse_other(path: Path, was: dict, now: dict) -> None:
+    """Raise a ValueError if the state in `path` was made by another training than this one."""
     if differing := [f"{k} was {was.get(k)} and is {v}" for k, v in now.items() if was.get(k) != v]:
         raise ValueError(
             f"{path} holds the state of another training: {', '.join(differing)}. "

@@ -12,13 +12,16 @@ from scripts.mini_diffusion.attention_report import (
     Words,
     area_under_curve,
     attention_sheet,
+    averaged,
     choose,
     finds_its_own,
     intersection_over_union,
     mixed,
+    object_attention_report,
     object_words,
     position_prior,
     score,
+    street_attention_report,
     street_words,
     weight_choices,
     word_maps,
@@ -89,8 +92,74 @@ def test_the_prior_is_the_frequency_of_the_class_in_training_scenes():
     assert len(prior) == 11 and prior["road"].shape == (128, 128)
 
 
-def test_maps_of_the_mini_model_depend_on_the_noise_and_the_word():
-    diffusion = StableDiffusion("assets/mini-diffusion", parts=("unet", "vae_encoder", "text_encoder"))
+def test_measures_are_averaged_over_the_noise_seeds():
+    first, second = torch.tensor([1.0, 4.0]), torch.tensor([3.0, 8.0])
+    iou, own = averaged([(first, torch.zeros(2)), (second, second)])
+    assert iou.tolist() == [2, 6] and own.tolist() == [1.5, 4]
+
+
+@pytest.mark.parametrize("kind", ["objects", "streets"])
+def test_settings_are_the_best_of_val_whatever_the_best_of_test_are(monkeypatch, kind):
+    """The maps of `val` are right at thresholds from .6 on, those of `test` at thresholds below .5."""
+    mask = torch.zeros(3, 128, 128, dtype=torch.bool)
+    mask[0, :, :64] = mask[1, :, 64:] = mask[2, 32:96, 32:96] = True
+    names, image = ["road", "building", "road"], torch.zeros(3, 3, 128, 128)
+    words = {split: Words(image, mask, names, np.array([0, 0, 1])) for split in ("val", "test")}
+    seen = []
+
+    def word_maps(_, of, timestep, seed):
+        seen.append(("val" if of is words["val"] else "test", seed))
+        low, high = (0.59, 1.0) if of is words["val"] else (0.0, 0.5)
+        one = torch.where(mask, high, low)
+        one[0, 0, -1] = one[1, 0, 0] = one[2, 0, 0] = 0
+        one[0, 0, 0] = one[1, 0, -1] = one[2, 64, 64] = 1
+        return (one[:, None].repeat(1, 4, 1, 1),) * 2
+
+    for name, fake in {
+        "object_words": lambda split, _: words[split],
+        "street_words": lambda split, _: words[split],
+        "word_maps": word_maps,
+        "position_prior": lambda: dict.fromkeys(names, torch.rand(128, 128)),
+    }.items():
+        monkeypatch.setattr(f"scripts.mini_diffusion.attention_report.{name}", fake)
+    if kind == "objects":
+        found = object_attention_report(None, 3, [3, 1], timesteps=[100])["completed"]
+        assert found["settings"].startswith("t 100, levels (") and "threshold 0.6" in found["settings"]
+        assert found["finds its own of several %"]["mean"] == 100
+        assert found["the same by chance %"] == 50  # of two objects
+        assert found["IoU %"]["mean"] < 1
+    else:
+        found = street_attention_report(None, 3, [3, 1])
+        assert found["settings"].startswith("t 150, levels (")
+        assert (found["road scenes"], found["building scenes"]) == (2, 1)
+        assert found["road attention IoU %"]["mean"] < 1 and found["road attention AUC"]["mean"] > 0.99
+        assert found["road prior AUC"]["mean"] < 0.6
+    assert sorted(seen) == [("test", 1), ("test", 3), ("val", 4)]
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return StableDiffusion("assets/mini-diffusion", parts=("unet", "vae_encoder", "text_encoder"))
+
+
+def test_words_of_a_scene_share_its_noise_and_have_an_article(diffusion, monkeypatch):
+    image, prompts, encode_text = (
+        object_words("val", 1).image[:1].repeat(2, 1, 1, 1),
+        [],
+        diffusion.encode_text,
+    )
+    monkeypatch.setattr(diffusion, "encode_text", lambda texts: prompts.extend(texts) or encode_text(texts))
+
+    def maps(*scene):
+        return word_maps(diffusion, Words(image, image[:, 0] > 0, ["apple"] * 2, np.array(scene)), 150, 0)[0]
+
+    one, two = maps(4, 4), maps(4, 5)
+    assert_close(one[0], one[1], atol=1e-4, rtol=0)
+    assert (two[0] - two[1]).abs().max() > 0.01
+    assert prompts == ["a photo of an apple"] * 4
+
+
+def test_maps_of_the_mini_model_depend_on_the_noise_and_the_word(diffusion):
     words = object_words("val", 2)
     plain, completed = word_maps(diffusion, words, 150, seed=0)
     assert plain.shape == completed.shape == (len(words.name), 4, 16, 16)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 
 from datamodules.mini_world.objects import BACKGROUNDS, CATEGORIES, COLORS, VANISHING, render_objects
 from scripts.mini_diffusion import judges
@@ -21,6 +21,7 @@ from scripts.mini_diffusion.judges import (
 from scripts.mini_diffusion.samples import (
     Samples,
     Thing,
+    draw,
     sample_controlled,
     sample_objects,
     score_controlled,
@@ -29,6 +30,11 @@ from scripts.mini_diffusion.samples import (
 )
 
 MODEL = Path(__file__).parents[2] / "assets/mini-diffusion"
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr("scripts.mini_diffusion.samples.draw", partial(draw, steps=2))
 
 
 @pytest.fixture
@@ -178,16 +184,30 @@ def test_controlled_samples_are_scored_by_their_masks_and_by_those_of_other_scen
     assert score_controlled(Oracle(half), samples)["IoU %"]["mean"] == pytest.approx(50)
 
 
-def test_sampling_is_a_function_of_the_seed_and_uses_the_guidance():
-    first = sample_objects(MODEL, 2, guidance=4.0, seed=0, steps=2)
+def test_images_are_drawn_from_the_noise_of_the_seeds_in_turn_over_all_batches(monkeypatch):
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
+
+    def images(*seeds):
+        return draw(pipeline, ["a photo of a red car"] * 5, 1.0, seeds, steps=1)
+
+    both, first, second = images(0, 1), images(0), images(1)
+    torch.testing.assert_close(both[::2], first[:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(both[1::2], second[:2], atol=1e-4, rtol=0)
+    assert min((first[0] - other).abs().max() for other in (first[1], second[0])) > 0.01
+    monkeypatch.setattr("scripts.mini_diffusion.samples.BATCH", 3)
+    torch.testing.assert_close(images(0, 1), both, atol=1e-4, rtol=0)
+
+
+def test_sampling_is_a_function_of_the_seeds_and_uses_the_guidance(few_steps):
+    first = sample_objects(MODEL, 2, guidance=4.0, seeds=[0, 5])
     assert first.image.shape == (2, 3, 64, 64) and first.image.min() >= 0 and first.image.max() <= 1
     assert first.things == things_to_ask(2, 0) and first.label is None
-    assert torch.equal(first.image, sample_objects(MODEL, 2, guidance=4.0, seed=0, steps=2).image)
-    for other in ({"guidance": 4.0, "seed": 1}, {"guidance": 1.0, "seed": 0}):
-        assert not torch.equal(first.image, sample_objects(MODEL, 2, steps=2, **other).image)
+    assert torch.equal(first.image, sample_objects(MODEL, 2, guidance=4.0, seeds=[0, 5]).image)
+    for other in ({"guidance": 4.0, "seeds": [0, 6]}, {"guidance": 1.0, "seeds": [0, 5]}):
+        assert not torch.equal(first.image, sample_objects(MODEL, 2, **other).image)
 
 
-def test_controlled_sampling_reads_the_control_of_its_kind_from_held_out_scenes(tmp_path):
+def test_controlled_sampling_reads_the_control_of_its_kind_from_held_out_scenes(tmp_path, few_steps):
     unet = UNet2DConditionModel.from_pretrained(MODEL / "unet")
     torch.manual_seed(0)
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16))
@@ -195,8 +215,7 @@ def test_controlled_sampling_reads_the_control_of_its_kind_from_held_out_scenes(
         torch.nn.init.normal_(layer.weight)  # zero at first: no control would be seen
     controlnet.save_pretrained(tmp_path)
     mask, edge = (
-        sample_controlled(MODEL, tmp_path, kind, 2, guidance=4.0, seed=0, steps=2)
-        for kind in ("mask", "edge")
+        sample_controlled(MODEL, tmp_path, kind, 2, guidance=4.0, seeds=[0]) for kind in ("mask", "edge")
     )
     for i in range(2):
         scene = render_objects("test", i, count=1)

@@ -23,6 +23,7 @@ from scripts.mini_diffusion.latents import LabelledLatents, cached_labelled_late
 from scripts.mini_diffusion.layout import build_text_encoder, build_tokenizer, save_pipeline
 from scripts.mini_diffusion.loop import denoising_loss, step_generator
 from scripts.mini_diffusion.scenes import captioned_object, labelled_object
+from scripts.mini_diffusion.state import weights_fingerprint
 from scripts.train_mini_controlnet import CONTROLS, build_controlnet, controlled, main, save_controlnet
 from scripts.train_mini_diffusion import scheduler_config
 from tests.small_diffusion import StepClock, small_unet, small_vae
@@ -245,7 +246,15 @@ def test_the_result_is_fp16_with_a_record_and_leaves_other_files_in_its_folder(m
     weights = load_file(tmp_path / "model/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert (usual["kind"], usual["steps"], usual["samples"]) == ("mask", 3, 12)
-    assert usual["empty_captions"] == 0.5
+    assert (usual["empty_captions"], usual["scenes"], usual["init_from"]) == (0.5, 4, None)
+    assert usual["model"] == weights_fingerprint(model)
+
+
+def test_the_result_is_the_moving_average_and_not_the_live_weights(work, usual):
+    state = torch.load(work / "controlnet.pt", weights_only=True)
+    saved = load_file(work / "model/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(state["ema_controlnet"][name].half(), saved[name]) for name in saved)
+    assert not all(torch.equal(state["controlnet"][name].half(), saved[name]) for name in saved)
 
 
 @pytest.mark.parametrize(
@@ -307,12 +316,23 @@ def test_the_state_of_another_training_is_refused_and_kept(model, work, usual, t
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_the_state_of_a_training_on_scenes_drawn_otherwise_is_refused(
+    model, work, usual, tmp_path, monkeypatch
+):
+    shutil.copytree(work, tmp_path / "work")
+    monkeypatch.setattr("scripts.train_mini_controlnet.scenes_digest", lambda: "others")
+    with pytest.raises(ValueError, match=r"controlnet.pt holds .*: scenes drawn was \w+ and is others"):
+        train(model, tmp_path / "work", "--minutes", "0.3")
+
+
 def test_a_training_goes_on_from_earlier_weights(model, work, usual, parts, tmp_path):
     unet, _, vae = parts
     start = build_controlnet(unet, vae, work / "model")
     assert {p.dtype for p in start.parameters()} == {torch.float32}
     assert weights_sha256(start) == usual["weights"]
-    assert train(model, tmp_path, "--init-from", str(work / "model"))["weights"] != usual["weights"]
+    found = train(model, tmp_path, "--init-from", str(work / "model"))
+    assert found["weights"] != usual["weights"]
+    assert found["init_from"] == weights_fingerprint(work / "model")
 
 
 def test_a_start_for_another_unet_is_refused(work, usual):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,18 @@ from scripts.mini_diffusion.layout import (
     build_vae,
     save_pipeline,
 )
-from scripts.mini_diffusion.loop import Clock, cosine_rate, draw_timesteps, frozen_copy, update_ema
+from scripts.mini_diffusion.loop import (
+    Clock,
+    Training,
+    cosine_rate,
+    denoising_loss,
+    draw_timesteps,
+    frozen_copy,
+    update_ema,
+)
 from scripts.mini_diffusion.scenes import captioned_object, captioned_street, sensor_crop, sensor_picture
 from scripts.train_mini_diffusion import main, normalise_latents, reconstruction_loss, scheduler_config
-from tests.small_diffusion import few_scenes, small_vae
+from tests.small_diffusion import few_scenes, small_unet, small_vae
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +109,44 @@ def test_a_batch_holds_one_resolution_and_some_empty_captions():
     assert 0.05 < empty / count < 0.15
 
 
+def test_a_batch_keeps_the_shares_of_its_kinds():
+    latents, whole = make_latents(), 0
+    for step in range(300):
+        kinds = latents.batch(np.random.default_rng(step), 100, "cpu")["latent"][:, 0, 0, 0].long()
+        if kinds[0] == 0:  # whole streets
+            whole += 1
+        else:
+            assert kinds.bincount(minlength=4).tolist() == [0, 70, 18, 12]  # objects, crops, sensors
+    assert 0.06 < whole / 300 < 0.14
+
+
+@pytest.mark.parametrize(("alpha_bar", "weight"), [(0.8, 1.25), (0.25, 4), (0.01, 10)])
+def test_the_squared_error_of_a_timestep_is_divided_by_alpha_bar_up_to_ten_times(alpha_bar, weight):
+    def wrong_by_a_fifth(noised, timestep, context):
+        return SimpleNamespace(sample=noised / (1 - alpha_bar) ** 0.5 + 0.2)  # the latent is zero
+
+    def text(tokens):
+        return SimpleNamespace(last_hidden_state=tokens)
+
+    batch = {"latent": torch.zeros(8, 4, 4, 4), "tokens": torch.zeros(8, 6).long()}
+    alpha_bars = torch.full((1000,), alpha_bar)
+    loss = denoising_loss(wrong_by_a_fifth, text, batch, alpha_bars, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(0.04 * weight, rel=1e-4)
+
+
+def test_a_training_goes_on_from_its_own_state_only(tmp_path):
+    def training(trained):
+        modules = {"vae": small_vae()}
+        return Training("vae", modules, 1e-3, Clock(60), tmp_path / "vae.pt", trained)
+
+    first = training({"scenes drawn": "a"})
+    first.step = 7
+    first.save()
+    assert training({"scenes drawn": "a"}).step == 7
+    with pytest.raises(ValueError, match="another training: scenes drawn was a and is b"):
+        training({"scenes drawn": "b"})
+
+
 def test_timesteps_cover_the_range_and_favour_the_middle():
     timesteps = torch.cat([draw_timesteps(32, torch.Generator().manual_seed(i)) for i in range(50)])
     assert timesteps.min() >= 0 and timesteps.max() <= 999
@@ -130,6 +177,27 @@ def test_diffusers_loads_the_saved_folder_and_draws(tmp_path, tokenizer):
     size = {"height": 64, "width": 64}
     image = pipeline("a photo of a red car", **size, num_inference_steps=2, output_type="np").images
     assert image.shape == (1, 64, 64, 3)
+
+
+def test_a_model_that_is_saved_again_leaves_the_card_beside_it(tmp_path, tokenizer):
+    build_tokenizer(tmp_path / "tokenizer")
+    model = tmp_path / "model"
+    for name, text in {"README.md": "a card", "model_index.json": "old", "unet/old.txt": ""}.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(text)
+    parts = small_vae(), small_unet(), build_text_encoder(tokenizer)
+    save_pipeline(model, *parts, tmp_path / "tokenizer", DDIMScheduler.from_config(scheduler_config()))
+    assert (model / "README.md").read_text() == "a card"
+    assert json.loads((model / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    assert not (model / "unet/old.txt").exists() and not (tmp_path / "model.tmp").exists()
+
+
+def test_an_output_that_holds_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert "holds no model but thesis.tex: give another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from functional.fingerprint import weights_sha256
 from scripts.mini_diffusion.layout import build_tokenizer
+from scripts.mini_diffusion.state import weights_fingerprint
 from scripts.train_mini_diffusion import load_or_build, main, parse_args, reconstruction_loss
 from tests.small_diffusion import StepClock, few_images, few_scenes, small_unet, small_vae
 
@@ -48,6 +49,16 @@ def usual(work):
 
 def test_the_same_command_gives_the_same_weights(usual, tmp_path):
     assert train(tmp_path) == usual
+
+
+def test_the_result_is_the_moving_average_and_not_the_live_weights(work, usual):
+    for stage, part, folder in (("unet", "unet", "unet"), ("unet", "text", "text_encoder"), ("vae",) * 3):
+        state = torch.load(work / f"{stage}.pt", weights_only=True)
+        saved = load_file(next((work / "model" / folder).glob("*.safetensors")))
+        # the latents' normalisation changes the convolutions beside the latent
+        saved = {name: tensor for name, tensor in saved.items() if "quant_conv" not in name}
+        assert all(torch.equal(state[f"ema_{part}"][name].half(), saved[name]) for name in saved)
+        assert not all(torch.equal(state[part][name].half(), saved[name]) for name in saved)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,13 @@ def test_the_state_of_a_start_from_other_weights_is_refused(work, usual, tmp_pat
         train(tmp_path / "work", *start)
 
 
+def test_the_state_of_a_training_on_scenes_drawn_otherwise_is_refused(work, usual, tmp_path, monkeypatch):
+    shutil.copytree(work, tmp_path / "work")
+    monkeypatch.setattr("scripts.train_mini_diffusion.scenes_digest", lambda: "others")
+    with pytest.raises(ValueError, match=r"unet.pt holds .*: scenes drawn was \w+ and is others"):
+        train(tmp_path / "work", "--stages", "unet", "--minutes", "1")
+
+
 def test_a_state_whose_time_is_spent_says_so_and_more_minutes_go_on(work, usual, tmp_path, capsys):
     shutil.copytree(work, tmp_path / "work")
     capsys.readouterr()
@@ -156,6 +174,8 @@ def test_training_from_a_folder_starts_at_its_weights_in_float32(work, usual, tm
         assert weights_sha256(part.half()) == usual[name]
     found = train(tmp_path, *start)
     assert found["vae"] == usual["vae"] and found["unet"] != usual["unet"]
+    assert usual["record"]["init_from"] is None and usual["record"]["scenes"] == 4
+    assert found["record"]["init_from"] == weights_fingerprint(work / "model")
 
 
 def test_a_start_whose_words_have_other_tokens_is_refused(work, usual, tmp_path, monkeypatch):
