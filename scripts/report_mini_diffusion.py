@@ -422,6 +422,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.scenes < 8 or args.samples < 10:
         parser.error(f"--scenes must be at least 8, --samples 10: found {args.scenes} and {args.samples}.")
+    if not (args.model / "model_index.json").is_file():
+        parser.error(f"--model {args.model} has no model_index.json: give a folder of train_mini_diffusion.")
     path = args.output / "report.json"
     of = {"weights": weights_fingerprint(args.model), "scenes": args.scenes, "seeds": args.seeds}
     of["samples"] = args.samples

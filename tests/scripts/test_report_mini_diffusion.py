@@ -335,11 +335,18 @@ def test_a_controlnet_of_other_weights_is_refused_with_the_command_that_trains_o
     check_controlnet(model, "edge", "old")
 
 
-@pytest.mark.parametrize("words", ["--scenes 7", "--samples 9"])
-def test_too_few_scenes_or_samples_are_refused(folder, tmp_path, capsys, words):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--scenes 7", "--scenes must be at least 8, --samples 10: found"),
+        ("--samples 9", "--scenes must be at least 8, --samples 10: found"),
+        ("--model nowhere", "--model nowhere has no model_index.json"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(folder, tmp_path, capsys, words, message):
     with pytest.raises(SystemExit):
         main(["--model", str(folder), "--output", str(tmp_path / "none"), *words.split()])
-    assert "--scenes must be at least 8, --samples 10: found" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
