@@ -24,7 +24,6 @@ from functional.classes import MINI_OBJECTS
 from functional.control_images import edge_image, mask_image
 from scripts.mini_diffusion.latents import LabelledLatents, cached_labelled_latents
 from scripts.mini_diffusion.loop import Clock, Log, Training, denoising_loss, step_generator
-from scripts.mini_diffusion.scenes import scenes_digest
 from scripts.mini_diffusion.state import check_state, identity, weights_fingerprint
 
 CONTROLS = {"mask": partial(mask_image, colors=MINI_OBJECTS.colors), "edge": edge_image}
@@ -93,7 +92,6 @@ def train(args, log: Log) -> tuple[ControlNetModel, dict]:
     """Train on cached latents; returns the EMA weights and what was done."""
     unet, text, scenes, controlnet = load_frozen(args)
     name, clock, trained = f"controlnet {args.kind}", Clock(args.minutes * 60), identity(args, "controlnet")
-    trained["scenes drawn"] = scenes_digest()
     path = args.work / "controlnet.pt"
     training = Training(name, {"controlnet": controlnet}, args.lr, clock, path, trained)
     alpha_bars = DDIMScheduler.from_pretrained(args.model, subfolder="scheduler").alphas_cumprod

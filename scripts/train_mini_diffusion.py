@@ -29,7 +29,7 @@ from scripts.mini_diffusion.layout import (
     save_pipeline,
 )
 from scripts.mini_diffusion.loop import Clock, Log, Training, denoising_loss, step_generator
-from scripts.mini_diffusion.scenes import scenes_digest, vae_images
+from scripts.mini_diffusion.scenes import vae_images
 from scripts.mini_diffusion.state import check_state, identity, weights_fingerprint
 
 
@@ -137,8 +137,7 @@ def train_unet(
     unet = unet.to(args.device, memory_format=torch.channels_last).train()
     text = text.to(args.device).train()
     modules, clock = {"unet": unet, "text": text}, Clock(stage_minutes(args, "unet") * 60)
-    trained = identity(args, "unet") | {"scenes drawn": scenes_digest()}
-    training = Training("unet", modules, args.lr, clock, work / "unet.pt", trained)
+    training = Training("unet", modules, args.lr, clock, work / "unet.pt", identity(args, "unet"))
     if not training.over():
         latents = cached_latents(vae, tokenizer, work / "latents.pt", args.scenes, args.device)
         alpha_bars = DDIMScheduler.from_config(scheduler_config()).alphas_cumprod.to(args.device)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from scripts.mini_diffusion.scenes import scenes_digest
+
 # What makes the training of each stage another one.
 OPTIONS = {
     "vae": ("init_from", "seed", "vae_batch"),
@@ -30,9 +32,10 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def identity(args, stage: str) -> dict[str, str | int | float | None]:
-    """The options that make a stage's training another one; of folders of weights, a fingerprint."""
+    """What makes a stage's training another one: options (of folders of weights a fingerprint) and scenes."""
     values = {"--" + name.replace("_", "-"): getattr(args, name) for name in OPTIONS[stage]}
-    return {k: weights_fingerprint(v) if isinstance(v, Path) else v for k, v in values.items()}
+    found = {k: weights_fingerprint(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return found if stage == "vae" else found | {"scenes drawn": scenes_digest()}
 
 
 def check_state(args, stage: str) -> None:

@@ -320,7 +320,7 @@ def test_the_state_of_a_training_on_scenes_drawn_otherwise_is_refused(
     model, work, usual, tmp_path, monkeypatch
 ):
     shutil.copytree(work, tmp_path / "work")
-    monkeypatch.setattr("scripts.train_mini_controlnet.scenes_digest", lambda: "others")
+    monkeypatch.setattr("scripts.mini_diffusion.state.scenes_digest", lambda: "others")
     with pytest.raises(ValueError, match=r"controlnet.pt holds .*: scenes drawn was \w+ and is others"):
         train(model, tmp_path / "work", "--minutes", "0.3")
 

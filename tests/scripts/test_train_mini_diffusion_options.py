@@ -132,7 +132,7 @@ def test_the_state_of_a_start_from_other_weights_is_refused(work, usual, tmp_pat
 
 def test_the_state_of_a_training_on_scenes_drawn_otherwise_is_refused(work, usual, tmp_path, monkeypatch):
     shutil.copytree(work, tmp_path / "work")
-    monkeypatch.setattr("scripts.train_mini_diffusion.scenes_digest", lambda: "others")
+    monkeypatch.setattr("scripts.mini_diffusion.state.scenes_digest", lambda: "others")
     with pytest.raises(ValueError, match=r"unet.pt holds .*: scenes drawn was \w+ and is others"):
         train(tmp_path / "work", "--stages", "unet", "--minutes", "1")
 
