@@ -87,10 +87,18 @@ class ResizeCropFlip:
         crop_size: height and width of the result.
         resize: height and width before the crop; None keeps the file's.
         flip: probability of the flip.
+        grey: take the colours (Rec. 601 luma in all three channels), which MADM does not do: for a source
+            whose target's sensor sees none, lest colour tell source from target and with it the classes.
     """
 
-    def __init__(self, crop_size: tuple[int, int], resize: tuple[int, int] | None = None, flip: float = 0.5):
-        self.crop_size, self.resize, self.flip = crop_size, resize, flip
+    def __init__(
+        self,
+        crop_size: tuple[int, int],
+        resize: tuple[int, int] | None = None,
+        flip: float = 0.5,
+        grey: bool = False,
+    ):
+        self.crop_size, self.resize, self.flip, self.grey = crop_size, resize, flip, grey
 
     def __call__(self, image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         if self.resize is not None:
@@ -106,4 +114,8 @@ class ResizeCropFlip:
         top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
         step = -1 if rng.random() < self.flip else 1
         view = np.s_[top : top + height, left : left + width]
-        return image[view][:, ::step], label[view][:, ::step]
+        image, label = image[view][:, ::step], label[view][:, ::step]
+        if self.grey:
+            luma = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+            image = cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB)
+        return image, label

@@ -95,3 +95,12 @@ def test_crops_take_every_offset_and_are_a_function_of_the_seed():
 def test_a_crop_larger_than_the_image_is_an_error_with_both_sizes():
     with pytest.raises(ValueError, match="found 32x48 pixels for crop_size 40x24"):
         ResizeCropFlip((40, 24))(IMAGE, LABEL, seed=0)
+
+
+def test_grey_takes_the_colours_and_leaves_the_crop_as_it_is():
+    colorful = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    cut, label = ResizeCropFlip((16, 24))(colorful, LABEL, seed=3)
+    grey, same = ResizeCropFlip((16, 24), grey=True)(colorful, LABEL, seed=3)
+    luma = cut @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(grey - luma[..., None]).max() <= 1 and np.ptp(grey, axis=2).max() == 0
+    assert np.array_equal(same, label)
