@@ -3,7 +3,8 @@
     python -m scripts.experiments conf/mini/tables/madm.yaml --seeds 0 1 2 --jobs 2
 
 A plan is a YAML of the form {title: {row: words of train.py's command line}}. Each row is trained with each
-seed, a run is scored at its last checkpoint, and the same command goes on where it was stopped.
+seed, a run is scored at its last checkpoint, and the same command goes on where it was stopped. A finished
+run of other options than the plan's is refused.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from callbacks.run_record import write_atomically
+from cli import SegmentationCLI, differences
 from config_files import UsageError, read_yaml, short_errors
 from scripts.table import read_scores, table
 
 Plan = dict[str, dict[str, str]]
+DECISIVE = ("seed_everything", "model", "data", "max_steps")  # of a run's options, what its scores depend on
 
 
 def read_plan(path: Path, only: Sequence[str]) -> Plan:
@@ -47,16 +50,35 @@ def run_folder(runs: Path, title: str, row: str, seed: int) -> Path:
     return runs / title / f"{row}-{seed}"
 
 
-def finish(folder: Path, words: str, seed: int, threads: int) -> None:
-    """Train a run to its end and score it, unless that has been done; output goes to FOLDER.log.
+def finished(folder: Path, words: Sequence[str]) -> bool:
+    """Whether a run has been scored.
+
+    Args:
+        words: of train.py's command line.
+
+    Raises:
+        UsageError: it was trained with other options than these words give today; names the first.
+    """
+    if not (folder / "test" / "own-last" / "metrics.json").is_file():
+        return False
+    configs = read_yaml(folder / "config.yaml"), SegmentationCLI(list(words), build=False).resolved()
+    old, new = ({key: (config | config["trainer"])[key] for key in DECISIVE} for config in configs)
+    if found := differences(old, new):
+        key, before, now = found[0]
+        raise UsageError(
+            f"the plan's options are not those of the run {folder}: {key} is {str(now)[:60]!r} and was "
+            f"{str(before)[:60]!r}. Delete the run, or give another folder by --runs."
+        )
+    return True
+
+
+def finish(folder: Path, words: Sequence[str], threads: int) -> None:
+    """Train a run to its end, from its last checkpoint if there is one, and score it; output: FOLDER.log.
 
     Raises:
         UsageError: a command failed.
     """
-    if (folder / "test" / "own-last" / "metrics.json").is_file():
-        return
-    train = [*shlex.split(words), "--seed_everything", str(seed), "--output", str(folder)]
-    train += ["--resume"] if folder.exists() else []
+    train = [*words, "--output", str(folder), *(["--resume"] if folder.exists() else [])]
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(f"{folder}.log", "a") as log:
@@ -94,12 +116,15 @@ def main(argv: list[str] | None = None) -> None:
     plan, runs = read_plan(args.plan, args.only), args.runs or Path("runs") / args.plan.stem
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     # Seed by seed, so that a table with fewer seeds is there early.
-    todo = [(s, title, row) for s in args.seeds for title, rows in plan.items() for row in rows]
+    runs_of_plan = {
+        run_folder(runs, title, row, seed): [*shlex.split(words), "--seed_everything", str(seed)]
+        for seed in args.seeds
+        for title, rows in plan.items()
+        for row, words in rows.items()
+    }
+    todo = {folder: words for folder, words in runs_of_plan.items() if not finished(folder, words)}
     with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [
-            pool.submit(finish, run_folder(runs, title, row, seed), plan[title][row], seed, threads)
-            for seed, title, row in todo
-        ]
+        waiting = [pool.submit(finish, folder, words, threads) for folder, words in todo.items()]
         try:
             for one in tqdm(waiting, desc=args.plan.stem, unit="run"):
                 one.result()

@@ -17,8 +17,9 @@ def commands(monkeypatch):
         ran.append((command[1:], env["OMP_NUM_THREADS"]))
         assert command[0] == sys.executable
         if command[1] == "train.py":
-            folder = command[command.index("--output") + 1]
-            experiments.Path(folder).mkdir(exist_ok=True)
+            folder = experiments.Path(command[command.index("--output") + 1])
+            folder.mkdir(exist_ok=True)
+            (folder / "config.yaml").write_text(json.dumps(options(command[2:])))
         else:
             scores = {"sets": {"day": {"mIoU": 40.0}}, "mean": {"mIoU": 40.0}}
             place = experiments.Path(command[2]) / "test" / "own-last"
@@ -26,7 +27,20 @@ def commands(monkeypatch):
             (place / "metrics.json").write_text(json.dumps({"test": scores}))
         return type("Done", (), {"returncode": int("broken" in command)})
 
+    def options(words):
+        words = words[: words.index("--output")] if "--output" in words else words
+        trainer = {"max_steps": 5}
+        return {"seed_everything": 0, "model": {"words": words}, "data": {}, "trainer": trainer}
+
+    class CLI:
+        def __init__(self, words, build):
+            self.words = words
+
+        def resolved(self):
+            return options(self.words)
+
     monkeypatch.setattr(experiments.subprocess, "run", run)
+    monkeypatch.setattr(experiments, "SegmentationCLI", CLI)
     return ran
 
 
@@ -52,6 +66,15 @@ def test_each_row_is_trained_and_scored_with_each_seed_and_not_twice(plan, tmp_p
     ]
     main(words)
     assert len(commands) == 8
+
+
+def test_a_finished_run_of_other_options_is_refused(plan, tmp_path, commands):
+    words = [str(plan), "--runs", str(tmp_path), "--only", "depth", "--seeds", "0"]
+    main(words)
+    plan.write_text(plan.read_text().replace("--model.lr 1", "--model.lr 2"))
+    with pytest.raises(UsageError, match=r"madm-0: model.words is .* and was .*lr', '1'.*Delete"):
+        main(words)
+    assert len(commands) == 4
 
 
 def test_an_interrupted_run_is_resumed(plan, tmp_path, commands):
