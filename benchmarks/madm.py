@@ -250,8 +250,6 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "config": str(args.config),
         **provenance(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "cpu": measure_config(args.config, args.pairs, args.warmup),
         "cuda, Stable Diffusion 1.4": measure_sd14(args.pairs, args.warmup) if cuda else left_out,
     }

@@ -5,6 +5,8 @@ import platform
 import re
 from pathlib import Path
 
+import torch
+
 from callbacks.run_record import git_state, write_atomically
 
 
@@ -16,8 +18,9 @@ def processor() -> str:
 
 
 def provenance() -> dict:
-    """Commit of the code, whether it was changed since, and the processor's name."""
-    return {**git_state(Path(__file__).parent), "processor": processor()}
+    """Commit of the code, whether it was changed since, the processor's name, torch's version and threads."""
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {**git_state(Path(__file__).parent), "processor": processor(), **versions}
 
 
 def report(result: dict, output: Path | None) -> None:

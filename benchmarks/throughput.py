@@ -154,8 +154,6 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "config": str(args.config),
         **provenance(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "loop": measure_loop(args.config, args.pairs, args.warmup),
     }
