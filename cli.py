@@ -353,6 +353,16 @@ def resolve_data(path: Path) -> dict:
         raise UsageError(f"{path}: {str(error).splitlines()[0]}.") from None
 
 
+def for_this_device(options):
+    """Options of a trained model; without CUDA, PyTorch's attention takes the place of xformers'."""
+    if isinstance(options, list):
+        return [for_this_device(each) for each in options]
+    if not isinstance(options, dict) or torch.cuda.is_available():
+        return options
+    found = {key: for_this_device(value) for key, value in options.items()}
+    return found | {"attention": "sdpa"} if found.get("attention") == "xformers" else found
+
+
 def load_model(place: Path, which: str | None = None) -> tuple[LightningModule, dict, int, str]:
     """Build the model of a checkpoint and load its weights.
 
@@ -368,7 +378,7 @@ def load_model(place: Path, which: str | None = None) -> tuple[LightningModule, 
     path = checkpoint_path(place, which) if place.is_dir() else place
     checkpoint = load_checkpoint(path)
     config = parse_yaml(checkpoint["config"], f"the config in {path}")
-    model, _ = build({"model": config["model"]})
+    model, _ = build({"model": for_this_device(config["model"])})
     restore(model, checkpoint)
     return model.eval(), config, checkpoint["global_step"], path.stem
 
