@@ -182,7 +182,7 @@ class MADMTraining(SegmentationModule):
             regression = latent_regression(output.latent, goal[0], mask, factor)
             found[f"train/regression_{name}"] = regression.detach()
             loss = loss + self.regression[name] * regression
-        elif output.latent is not None:
+        elif self.network.train_output_layers:
             # Processes wait for a gradient of every trained layer in each backward pass, be it of zeros.
             loss = loss + 0 * output.latent.sum()
         strategy = self.trainer.strategy
@@ -216,6 +216,15 @@ class MADMTraining(SegmentationModule):
         if decoded is not None:
             pictures["regression"] = (decoded.float() + 1) / 2
         self.pictures[row] = {title.replace("_", " "): batch[0].detach() for title, batch in pictures.items()}
+
+    def on_validation_start(self) -> None:
+        """Score with the first process's running statistics in all processes.
+
+        Each keeps its own in training: under manual optimisation DDP shares no buffers after the first step.
+        """
+        if torch.distributed.is_initialized():
+            for buffer in self.network.adapter.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def on_before_optimizer_step(self, optimizer) -> None:
         # Here, and not in training_step, because a gradient scaler has unscaled the gradients by now.

@@ -152,7 +152,7 @@ class MADM(nn.Module):
                 "train_output_layers = true with lplr = false. Set train_output_layers to false."
             )
         self.lplr, self.fresh_noise, self.teacher_dropout = lplr, fresh_noise, teacher_dropout
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.train_output_layers = gradient_checkpointing, train_output_layers
         text = diffusion.encode_text([""])
         diffusion.free_text_encoder()
         diffusion.train_unet(None if train_output_layers else TAPS[0], gradient_checkpointing)

@@ -1,5 +1,7 @@
 """A tiny MADM on blocks whose colour tells their class: what the tests of its training share."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from lightning.pytorch import Callback
@@ -32,8 +34,9 @@ class Blocks(Dataset):
         return {"image": image, "label": label, "name": f"blocks-{self.offset}-{index}"}
 
 
-def pair(samples):
-    """Every other sample as source, the rest as target, without their labels."""
+def pair(samples, width=SIZE):
+    """Every other sample as source, the rest as target, without their labels, as wide as is said."""
+    samples = [{k: v if k == "name" else v[..., :width] for k, v in sample.items()} for sample in samples]
     target = default_collate(samples[1::2])
     return {"source": default_collate(samples[::2]), "target": {k: target[k] for k in ("image", "name")}}
 
@@ -41,9 +44,9 @@ def pair(samples):
 class Pairs(TinyDataModule):
     """Stands for AdaptationDataModule: `pairs` source and target images of random blocks a batch."""
 
-    def __init__(self, pairs=1):
+    def __init__(self, pairs=1, width=SIZE):
         super().__init__(batch_size=2 * pairs)
-        self.transform = None
+        self.transform, self.width = None, width
 
     def train_dataset(self):
         return Blocks(14, 0)
@@ -53,7 +56,7 @@ class Pairs(TinyDataModule):
 
     def train_dataloader(self):
         loader = super().train_dataloader()
-        loader.collate_fn = pair
+        loader.collate_fn = partial(pair, width=self.width)
         return loader
 
 
@@ -92,8 +95,8 @@ def fit(module, tmp_path, steps=1, callbacks=(), data=None, resume=None, **optio
     return watch
 
 
-def first_batch(pairs=1):
-    return next(iter(Pairs(pairs).train_dataloader()))
+def first_batch(pairs=1, width=SIZE):
+    return next(iter(Pairs(pairs, width).train_dataloader()))
 
 
 def spy(module, monkeypatch, name):

@@ -23,15 +23,17 @@ SETTINGS = {
     "checkpointing": ({"gradient_checkpointing": True}, {}),
     "output layers": ({"train_output_layers": True}, {"mixed_regression": 0.0}),
     "without LPLR": ({"lplr": False}, {}),
+    "without LPLR and DPLG": ({"lplr": False}, {"dplg": False}),
+    "not square": ({}, {}),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_gradients_of_the_split_step_are_those_of_one_backward_of_the_sum(tmp_path, build, setting):
     options, arguments = SETTINGS[setting]
-    module = build(options, **arguments)
-    watch = fit(module, tmp_path, data=Pairs(2))
-    other, batch = build(options, **arguments), first_batch(2)
+    module, width = build(options, **arguments), SIZE // 2 if setting == "not square" else SIZE
+    watch = fit(module, tmp_path, data=Pairs(2, width))
+    other, batch = build(options, **arguments), first_batch(2, width)
     other._trainer = None
     assert 0 < watch.logged[0]["train/quality"] < 1
     # Encoded together, as in the step: other bits of a latent are other signs in the gradient of an L1 norm.
@@ -47,6 +49,17 @@ def test_the_gradients_of_the_split_step_are_those_of_one_backward_of_the_sum(tm
     assert watch.steps == [0] and module.trainer.global_step == 1
     for name, buffer in other.network.named_buffers():  # running statistics moved once an image, not twice
         torch.testing.assert_close(dict(module.network.named_buffers())[name], buffer)
+
+
+def test_the_regressions_weights_are_those_given_and_nothing_without_lplr(build):
+    assert build(source_regression=20.0, mixed_regression=0.5).regression == {"source": 20.0, "mixed": 0.5}
+    assert set(build({"lplr": False}).regression.values()) == {0.0}
+
+
+def test_images_that_the_models_stride_does_not_divide_are_learnt_from(tmp_path, build):
+    found = fit(build(), tmp_path, 2, data=Pairs(width=SIZE - 5))
+    assert all(0 < logged["train/regression_mixed"] < 10 for logged in found.logged)
+    assert all(gradient.isfinite().all() for gradient in found.gradients[1].values())
 
 
 def test_the_graph_of_the_source_is_freed_before_the_mixed_one_is_built(tmp_path, build):
@@ -202,6 +215,25 @@ def test_the_schedule_and_k_follow_optimiser_steps(tmp_path, build, monkeypatch)
     watch = fit(module, tmp_path, 3, data=Pairs(2))
     assert [[*rates] for rates in watch.rates] == [[1e-3 * schedule(k, 3)] for k in range(3)]
     assert updates == [(k, 0.999) for k in range(3)]
+
+
+def test_the_teacher_follows_before_a_step_and_each_part_of_a_step_draws_anew(tmp_path, build, monkeypatch):
+    students, names = [], []
+
+    class Students(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            students.append(pl_module.network.adapter.head.fuse[0].weight.clone())
+
+    def draw(name, seed):
+        names.append(name)
+        return named_generator(name, seed)
+
+    monkeypatch.setattr("lightning_modules.madm.named_generator", draw)
+    module = build(micro_batches=2)
+    fit(module, tmp_path, 2, [Students()], Pairs(2))
+    teacher = module.network.ema_adapter.head.fuse[0].weight
+    torch.testing.assert_close(teacher, (students[0] + students[1]) / 2)
+    assert not torch.equal(*students) and len(set(names)) == 4
 
 
 def test_the_bound_of_the_moving_average_is_an_option(tmp_path, build):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from callbacks.checkpoints import Checkpoints
 from callbacks.panels import Panels
 from lightning_modules.schedules import WarmupSteps
-from tests.tiny_madm import FROZEN, SIZE, Pairs, fit, spy
+from tests.tiny_madm import FROZEN, SIZE, Pairs, first_batch, fit, spy
 from tests.tiny_training import assert_equal, tiny_trainer
 
 
@@ -112,6 +112,29 @@ def test_two_processes_of_one_pair_learn_what_two_micro_batches_do(tmp_path, bui
         torch.testing.assert_close(moments[1][number]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-8)
 
 
+class RunningStatistics(Callback):
+    """Fails unless all processes score with the same running statistics, after training with their own."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            assert not self.same(pl_module)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        assert self.same(pl_module)
+
+    def same(self, module):
+        name = "head.fuse.1.running_mean"
+        first, second = module.all_gather(module.network.adapter.get_buffer(name))
+        return torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_all_processes_score_with_the_statistics_of_the_first(tmp_path, build):
+    options = {"devices": 2, "strategy": "ddp_fork", "limit_val_batches": 1, "val_check_interval": 2}
+    fit(build(), tmp_path, 2, [RunningStatistics(), Checkpoints()], **options)
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
+
+
 # --- pictures
 
 
@@ -131,6 +154,14 @@ def test_panels_show_source_target_and_mixed_image(tmp_path, build, lplr):
     titles = {"source": learnt, "mixed": learnt}
     titles["target"] = ["image", "pseudo label", "confidence", *regression]
     assert {row: [*pictures] for row, pictures in kept[0].items()} == titles
+    batch, (source, target, mixed) = first_batch(), (kept[0][row] for row in ("source", "target", "mixed"))
+    assert torch.equal(source["image"], batch["source"]["image"][0])
+    assert torch.equal(source["label"], batch["source"]["label"][0])
+    assert torch.equal(target["image"], batch["target"]["image"][0])
+    pasted = mixed["label"] == source["label"]
+    assert 0 < pasted.float().mean() < 1
+    assert torch.equal(mixed["label"][~pasted], target["pseudo label"][~pasted])
+    assert 1 / 11 <= target["confidence"].min() < target["confidence"].max() <= 1
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
         "train-000000.png", "train-000002.png",
     ]  # fmt: skip
