@@ -1,10 +1,11 @@
-"""MADM's published configs, as they are written, take steps on fake data and a small random model."""
+"""MADM's published configs hold the published settings; they take steps on fake data and a small model."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from cli import resolve
 from scripts.count_classes import main as count_classes
 from tests import fake_data
 from tests.tiny_model import write_tiny_model
@@ -25,6 +26,52 @@ OVERRIDES = """
 --data.target.eval_size [64,64] --data.num_workers 0 --wandb.mode disabled
 --data.rare_class_sampling.min_pixels 0 --data.rare_class_sampling.min_crop_pixels 0
 """
+
+MODEL = {
+    "lr": 5e-6, "weight_decay": 0.05, "decay_norm_and_bias": False, "lr_multipliers": None, "dplg": True,
+    "threshold": 0.968, "max_alpha": 0.999, "max_gradient_norm": 0.01, "micro_batches": 1, "seed": 42,
+}  # fmt: skip
+NETWORK = {
+    "lplr": True, "projection_channels": 512, "bottleneck_channels": 128, "embed_channels": 256,
+    "channels": 256, "dropout": 0.1, "noise_seed": 42, "noise_size": [64, 64], "fresh_noise": False,
+    "train_output_layers": False, "ema_unet": False, "teacher_dropout": True,
+}  # fmt: skip
+SCHEDULE = {
+    "warmup_fraction": 500 / 184375, "warmup_start": 0.067, "boundaries": [0.88888, 0.96296], "factor": 0.1,
+}  # fmt: skip
+SAMPLING = {"temperature": 0.01, "min_pixels": 3000, "min_crop_pixels": 1500, "skip_ignored_classes": False}
+# Classes, DPLG's start and end, weights of the regression on source and mixed image, size before the crop.
+EXPERIMENTS = {
+    "madm_rgb2depth": (11, [60, 61], 5000, 1.0, 1.0, [712, 712]),
+    "madm_rgb2infrared": (9, [50, 51], 8000, 1.0, 1.0, [512, 683]),
+    "madm_rgb2event": (11, [50, 51], 8000, 20.0, 0.0, [512, 768]),
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_published_experiment_has_the_published_settings(experiment):
+    config = resolve([CONF / f"{experiment}.yaml"])
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    network, source, target = (
+        part["init_args"] for part in (model["network"], data["source"], data["target"])
+    )
+    dplg = model["dplg_start"], model["dplg_end_step"]
+    weights, resize = (model["source_regression"], model["mixed_regression"]), [512, 1024]
+    transforms = [part["transform"]["init_args"] for part in (source, target)]
+    found = network["num_classes"], *dplg, *weights, transforms[1]["resize"]
+    assert found == EXPERIMENTS[experiment]
+    crop = {"crop_size": [512, 512], "flip": 0.5, "grey": False}
+    assert transforms == [{**crop, "resize": resize}, {**crop, "resize": found[-1]}]
+    assert target["eval_size"] == [512, 512] and data["batch_size"] == 1
+    for expected, options in (
+        (MODEL, model),
+        (NETWORK, network),
+        (SCHEDULE, model["schedule"]["init_args"]),
+        (SAMPLING, data["rare_class_sampling"]),
+        ({"path": "sd-1.4", "vae_dtype": "float16", "dtype": "float32"}, network["diffusion"]["init_args"]),
+        ({"max_steps": 10000, "precision": "16-mixed", "devices": 2}, trainer),
+    ):
+        assert {key: options[key] for key in expected} == expected
 
 
 @pytest.mark.slow
