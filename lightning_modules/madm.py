@@ -222,7 +222,7 @@ class MADMTraining(SegmentationModule):
 
         Each keeps its own in training: under manual optimisation DDP shares no buffers after the first step.
         """
-        if torch.distributed.is_initialized():
+        if isinstance(self.trainer.strategy, ParallelStrategy):
             for buffer in self.network.adapter.buffers():
                 torch.distributed.broadcast(buffer, 0)
 

@@ -55,13 +55,12 @@ def test_a_published_experiment_has_the_published_settings(experiment):
     network, source, target = (
         part["init_args"] for part in (model["network"], data["source"], data["target"])
     )
-    dplg = model["dplg_start"], model["dplg_end_step"]
-    weights, resize = (model["source_regression"], model["mixed_regression"]), [512, 1024]
-    transforms = [part["transform"]["init_args"] for part in (source, target)]
-    found = network["num_classes"], *dplg, *weights, transforms[1]["resize"]
-    assert found == EXPERIMENTS[experiment]
-    crop = {"crop_size": [512, 512], "flip": 0.5, "grey": False}
-    assert transforms == [{**crop, "resize": resize}, {**crop, "resize": found[-1]}]
+    num_classes, *own, resize = EXPERIMENTS[experiment]
+    names = "dplg_start", "dplg_end_step", "source_regression", "mixed_regression"
+    assert network["num_classes"] == num_classes and [model[name] for name in names] == own
+    for part, size in ((source, [512, 1024]), (target, resize)):
+        expected = {"crop_size": [512, 512], "resize": size, "flip": 0.5, "grey": False}
+        assert part["transform"]["init_args"] == expected
     assert target["eval_size"] == [512, 512] and data["batch_size"] == 1
     for expected, options in (
         (MODEL, model),
