@@ -13,7 +13,7 @@ from pathlib import Path
 from callbacks.run_record import write_atomically
 from cli import build, resolve_data
 from config_files import UsageError, read_yaml, short_errors
-from datamodules.adaptation import count_pixels, counts_document
+from datamodules.rare_classes import count_pixels, counts_document
 from mistakes import edge_errors
 
 

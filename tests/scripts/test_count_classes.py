@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from config_files import UsageError
-from datamodules.adaptation import count_pixels, read_counts
 from datamodules.mini_world.dataset import MiniStreetDataset
+from datamodules.rare_classes import count_pixels, read_counts
 from scripts.count_classes import main
 from tests.tiny_run import write_config
 
