@@ -134,8 +134,12 @@ class SegmentationDataModule(LightningDataModule, ABC):
     def test_set_names(self) -> list[str]:
         return list(self.eval_datasets("test"))
 
+    def training_samples(self) -> TrainingSamples:
+        """Return the training samples as they are drawn and augmented."""
+        return TrainingSamples(self.train_dataset(), self.transform, self.seed)
+
     def train_dataloader(self) -> DataLoader:
-        dataset = TrainingSamples(self.train_dataset(), self.transform, self.seed)
+        dataset = self.training_samples()
         rank, world_size = self.rank_and_world_size()
         sampler = StepBatchSampler(
             len(dataset), self.batch_size, self.seed, rank, world_size, start_batch=self.batches_drawn

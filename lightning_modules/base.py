@@ -9,6 +9,7 @@ from math import prod
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from functional.classes import class_table
 from functional.fingerprint import weights_sha256
@@ -156,17 +157,26 @@ class SegmentationModule(LightningModule, ABC):
     def forward(self, image: Tensor) -> Tensor:
         return self.network(image)
 
+    def logits(self, batch: dict) -> Tensor:
+        """Return the logits [B, C, H, W] of a batch's images, by which they are predicted and scored."""
+        return self(batch["image"])
+
     def predict_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the class ids [B, H, W] of a batch's images."""
-        return self(batch["image"]).argmax(1)
+        return self.logits(batch).argmax(1)
 
     def start_scoring(self, stage: str) -> None:
         names = getattr(self.trainer.datamodule, f"{stage}_set_names")
         self.matrices = {name: ConfusionMatrix(len(self.classes)).to(self.device) for name in names}
 
     def score(self, batch: dict, batch_idx: int, dataloader_idx: int) -> Tensor:
-        prediction = self.predict_step(batch, batch_idx, dataloader_idx)
-        list(self.matrices.values())[dataloader_idx].update(prediction, batch["label"])
+        logits, label = self.logits(batch), batch["label"]
+        if (
+            logits.shape[-2:] != label.shape[-2:]
+        ):  # the label has the size of the file, the image a smaller one
+            logits = interpolate(logits, size=label.shape[-2:], mode="bilinear", align_corners=False)
+        prediction = logits.argmax(1)
+        list(self.matrices.values())[dataloader_idx].update(prediction, label)
         return prediction
 
     def log_scores(self, stage: str) -> None:

@@ -248,10 +248,7 @@ class MADM(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """Scaled posterior mean [B, 4, h, w] of an image [B, 3, H, W] in [0, 1], padded to the stride."""
-        height, width = image.shape[-2:]
-        stride = self.diffusion.stride
-        padded = F.pad(image, (0, -width % stride, 0, -height % stride), mode="replicate")
-        return self.diffusion.encode(padded)
+        return self.diffusion.encode(self.diffusion.pad(image))
 
     def encode_with_feature(self, image: Tensor, latent: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latent and the VAE encoder's finest feature of one pass; see student for the error."""

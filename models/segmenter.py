@@ -79,8 +79,7 @@ class DiffusionSegmenter(nn.Module):
         Right and bottom are padded with the edge pixels to the model's stride, and cut off again.
         """
         height, width = image.shape[-2:]
-        stride = self.diffusion.stride
-        padded = F.pad(image, (0, -width % stride, 0, -height % stride), mode="replicate")
+        padded = self.diffusion.pad(image)
         logits = self.head(self.features(padded))
         logits = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
         return logits[..., :height, :width]

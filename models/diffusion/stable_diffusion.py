@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -166,16 +167,25 @@ class StableDiffusion(nn.Module):
         Returns:
             [B, latent_channels, H / vae_factor, W / vae_factor], float32.
         """
+        mean, deviation = self.posterior(image)
+        if generator is None:
+            return mean
+        return mean + deviation * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+
+    @torch.no_grad()
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of an image's scaled latent; shapes as in encode."""
         self.require("vae_encoder")
         with torch.autocast(
             image.device.type, enabled=False
         ):  # the VAE runs in the dtype that it was loaded with
-            posterior = self.vae.encode((2 * image - 1).to(self.vae_dtype)).latent_dist
-        latent = posterior.mean.float()
-        if generator is not None:
-            noise = randn_tensor(latent.shape, generator=generator, device=latent.device, dtype=torch.float32)
-            latent = latent + posterior.std.float() * noise
-        return self.scaling_factor * latent
+            found = self.vae.encode((2 * image - 1).to(self.vae_dtype)).latent_dist
+        return self.scaling_factor * found.mean.float(), self.scaling_factor * found.std.float()
+
+    def pad(self, image: Tensor) -> Tensor:
+        """Continue an image [B, 3, H, W] right and bottom by its edge pixels to multiples of the stride."""
+        height, width = image.shape[-2:]
+        return F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -249,7 +259,10 @@ class StableDiffusion(nn.Module):
 
     def predict_noise(self, latent: Tensor, timestep: int, context: Tensor) -> Tensor:
         """The noise in the latent, for v-prediction e = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) latent."""
-        output = self.predict(latent, timestep, context)
+        return self.to_noise(self.predict(latent, timestep, context), latent, timestep)
+
+    def to_noise(self, output: Tensor, latent: Tensor, timestep: int) -> Tensor:
+        """The noise in a latent by the U-Net's raw output, as prediction_type says."""
         if self.prediction_type == "epsilon":
             return output
         alpha_bar = float(self.alpha_bars[timestep])
