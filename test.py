@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from config_files import UsageError, read_yaml, set_environment, short_errors
@@ -22,11 +23,20 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="default: RUN_DIR/test, or runs/<config name>/test")
     parser.add_argument("--pictures", type=int, default=8, help="images of each set to draw")
+    pair = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+    parser.add_argument("--window", **pair, help="see images in windows of this size (default: whole)")
+    parser.add_argument("--window-stride", **pair, help="step between windows (default: half the window)")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="mean over sizes (default: 1)"
+    )
+    parser.add_argument("--flip", action="store_true", help="mean over each image and its mirror image")
     found = parser.parse_args(args)
     if (found.run is None) == (found.config is None):
         raise UsageError("give the folder of a run, or --config FILE for a method without training.")
     if found.config and found.checkpoint:
         raise UsageError("--checkpoint belongs to a run folder: --config builds an untrained model.")
+    if found.window_stride and not found.window:
+        raise UsageError("--window-stride is the step between windows: give their size by --window H W.")
     stems = [path.stem for path in found.data]
     if doubled := {stem for stem in stems if stems.count(stem) > 1}:
         raise UsageError(
@@ -41,30 +51,52 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     return found
 
 
-def score(model, datamodule, folder: Path, step: int, pictures: int) -> dict:
+def chosen_protocol(options: argparse.Namespace) -> tuple[dict, str]:
+    """Return the options of functional.sliding_window.segment_image, and how the result folder's name ends.
+
+    Raises:
+        ValueError: a window, stride or scale is out of its range.
+    """
+    from functional.sliding_window import check_scales, check_window, half
+
+    window, stride, ending = options.window, options.window_stride, ""
+    check_scales(options.scales)
+    if window:
+        stride = stride or half(window)
+        check_window(window, stride)
+        ending += "-window{}x{}".format(*window)
+        ending += "-stride{}x{}".format(*stride) if stride != half(window) else ""
+    if options.scales != [1]:
+        ending += "-scales" + "-".join(map(str, options.scales))
+    ending += "-flip" if options.flip else ""
+    return {"window": window, "window_stride": stride, "scales": options.scales, "flip": options.flip}, ending
+
+
+def score(model, datamodule, folder: Path, step: int, pictures: int, protocol: dict) -> dict:
     """Run the test sets of a DataModule and leave metrics.json, metrics.md and pictures in a folder.
 
     Returns:
-        {"step", "mean", "sets"} with scores in percent.
+        {"step", "protocol", "mean", "sets"} with scores in percent.
     """
     from lightning.pytorch import Trainer, seed_everything
 
     from callbacks.pictures import TestPictures
     from callbacks.run_record import nest_metrics, write_metrics
     from cli import check_classes
+    from functional.sliding_window import segment_image
     from mistakes import edge_errors
 
     check_classes(model, datamodule)
     seed_everything(0, workers=True, verbose=False)
     folder.mkdir(parents=True, exist_ok=True)
-    table = model.classes
+    model.protocol, table = partial(segment_image, **protocol), model.classes
     drawing = TestPictures(folder / "pictures", pictures, table.names, table.colors)
     trainer = Trainer(
         devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[drawing]
     )  # fmt: skip
     with edge_errors():
         trainer.test(model, datamodule=datamodule, verbose=False)
-    found = {"step": step, **nest_metrics(trainer.callback_metrics, "test")}
+    found = {"step": step, "protocol": protocol, **nest_metrics(trainer.callback_metrics, "test")}
     write_metrics(folder, {"test": found})
     return found
 
@@ -76,7 +108,10 @@ def main(args: list[str] | None = None) -> None:
         options = arguments(sys.argv[1:] if args is None else args)
         from callbacks.run_record import metrics_table
         from cli import build, load_model, resolve, resolve_data
+        from mistakes import edge_errors
 
+        with edge_errors():
+            protocol, ending = chosen_protocol(options)
         if options.run:
             model, config, step, name = load_model(options.run, options.checkpoint)
         else:
@@ -86,8 +121,8 @@ def main(args: list[str] | None = None) -> None:
         for path in options.data or [None]:
             data = config["data"] if path is None else resolve_data(path)
             _, datamodule = build({"data": data})
-            folder = output / f"{path.stem if path else 'own'}-{name}"
-            found = score(model, datamodule, folder, step, options.pictures)
+            folder = output / f"{path.stem if path else 'own'}-{name}{ending}"
+            found = score(model, datamodule, folder, step, options.pictures, protocol)
             print(f"\n{folder}: checkpoint {name}, step {step}\n\n{metrics_table(found)}")
             print(f"Pictures: {folder / 'pictures'}")
 

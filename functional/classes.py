@@ -57,6 +57,37 @@ FMB9 = _table(
     },
 )
 
+# The train ids of Cityscapes, which the other street sets use too.
+CITYSCAPES19 = _table(
+    "cityscapes19",
+    {
+        "road": (128, 64, 128),
+        "sidewalk": (244, 35, 232),
+        "building": (70, 70, 70),
+        "wall": (102, 102, 156),
+        "fence": (190, 153, 153),
+        "pole": (153, 153, 153),
+        "traffic light": (250, 170, 30),
+        "traffic sign": (220, 220, 0),
+        "vegetation": (107, 142, 35),
+        "terrain": (152, 251, 152),
+        "sky": (70, 130, 180),
+        "person": (220, 20, 60),
+        "rider": (255, 0, 0),
+        "car": (0, 0, 142),
+        "truck": (0, 0, 70),
+        "bus": (0, 60, 100),
+        "train": (0, 80, 100),
+        "motorcycle": (0, 0, 230),
+        "bicycle": (119, 11, 32),
+    },
+)
+
+# The classes on which models trained on SYNTHIA are scored: it labels no terrain, truck or train; the smaller
+# subset of older papers leaves out three thin or rare classes as well.
+SYNTHIA16 = tuple(name for name in CITYSCAPES19.names if name not in ("terrain", "truck", "train"))
+SYNTHIA13 = tuple(name for name in SYNTHIA16 if name not in ("wall", "fence", "pole"))
+
 # The object scenes of the mini world: background, then the categories.
 MINI_OBJECTS = _table(
     "mini_objects",
@@ -98,7 +129,19 @@ def class_table(name: str) -> ClassTable:
     Raises:
         ValueError: no table has this name; the message lists those that exist.
     """
-    tables = {table.name: table for table in (DELIVER11, FMB9, MINI_OBJECTS)}
+    tables = {table.name: table for table in (DELIVER11, FMB9, CITYSCAPES19, MINI_OBJECTS)}
     if name not in tables:
         raise ValueError(f"No class table is named {name!r}: choose one of {', '.join(sorted(tables))}.")
     return tables[name]
+
+
+def class_subset(name: str) -> tuple[str, ...]:
+    """Return the names of the classes in a subset on which scores are published.
+
+    Raises:
+        ValueError: no subset has this name; the message lists those that exist.
+    """
+    subsets = {"synthia16": SYNTHIA16, "synthia13": SYNTHIA13}
+    if name not in subsets:
+        raise ValueError(f"No subset of classes is named {name!r}: choose one of {', '.join(subsets)}.")
+    return subsets[name]

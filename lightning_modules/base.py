@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 
@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from functional.classes import class_table
+from functional.classes import ClassTable, class_subset, class_table
 from functional.fingerprint import weights_sha256
+from functional.sliding_window import Predict, segment_image
 from lightning_modules.metrics import ConfusionMatrix
 
 NORMALISATIONS = (
@@ -79,6 +80,24 @@ def describe_difference(stored: dict, names: list[str], colors: list[list[int]])
     return "; ".join(found)
 
 
+def subset_ids(table: ClassTable, subsets: Sequence[str]) -> dict[str, list[int]]:
+    """Ids of the classes in each subset, by the name of its score: mIoU and the number of classes.
+
+    Raises:
+        ValueError: a subset is not known, or has a class that the table lacks.
+    """
+    ids = {}
+    for subset in subsets:
+        names = class_subset(subset)
+        if missing := [name for name in names if name not in table.names]:
+            raise ValueError(
+                f"The class table {table.name!r} cannot be scored on {subset!r}: found no class "
+                f"{' and no '.join(missing)} in it. Correct model.init_args.class_subsets."
+            )
+        ids[f"mIoU{len(names)}"] = [table.names.index(name) for name in names]
+    return ids
+
+
 def check_channels(network: nn.Module, inputs: tuple, logits: Tensor, *, num_classes: int) -> None:
     """Forward hook that refuses logits [B, C, H, W] of another number of classes than the table's.
 
@@ -97,7 +116,7 @@ class SegmentationModule(LightningModule, ABC):
 
     Validation and test score each set of the DataModule on one confusion matrix and log, in percent,
     `val/<set>/mIoU`, `val/<set>/IoU/<class>`, `val/<set>/fwIoU`, `val/<set>/aAcc`, `val/<set>/mAcc`, and
-    the mean over sets `val/mIoU`.
+    the mean over sets `val/mIoU`; also `mIoU16` of each set and their mean for a subset of 16 classes.
 
     Args:
         network: plain module, image to logits.
@@ -107,6 +126,8 @@ class SegmentationModule(LightningModule, ABC):
         schedule: (step, max_steps) -> multiplier of the learning rates; None keeps them constant.
         lr_multipliers: factor of the learning rate by part of a parameter's name, such as {"head": 10}.
         decay_norm_and_bias: whether weight decay also pulls on normalisation layers and biases.
+        class_subsets: names of subsets of the classes over which the mean IoU is logged as well, such as
+            "synthia16", see functional.classes.class_subset; predictions are among all classes.
     """
 
     def __init__(
@@ -118,6 +139,7 @@ class SegmentationModule(LightningModule, ABC):
         schedule: Callable[[int, int], float] | None = None,
         lr_multipliers: dict[str, float] | None = None,
         decay_norm_and_bias: bool = True,
+        class_subsets: Sequence[str] = (),
     ):
         super().__init__()
         self.network, self.classes = network, class_table(classes)
@@ -125,8 +147,11 @@ class SegmentationModule(LightningModule, ABC):
         network.register_forward_hook(partial(check_channels, num_classes=len(self.classes)))
         self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
         self.lr_multipliers, self.decay_norm_and_bias = lr_multipliers or {}, decay_norm_and_bias
+        self.subsets = subset_ids(self.classes, class_subsets)
         self.matrices: dict[str, ConfusionMatrix] = {}  # of the running or latest validation or test, by set
         self.frozen_digests: dict[str, str] = {}
+        # How the images of a batch are predicted and scored: whole, until a command sets another way.
+        self.protocol: Callable[[Predict, Tensor], Tensor] = segment_image
 
     @abstractmethod
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -157,9 +182,16 @@ class SegmentationModule(LightningModule, ABC):
     def forward(self, image: Tensor) -> Tensor:
         return self.network(image)
 
+    def segment(self, image: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """Return logits [B, C, h, w] of images, or of parts or resized copies of images of these names.
+
+        A method that draws noise by name overrides this: all parts and copies of an image share its name.
+        """
+        return self(image)
+
     def logits(self, batch: dict) -> Tensor:
-        """Return the logits [B, C, H, W] of a batch's images, by which they are predicted and scored."""
-        return self(batch["image"])
+        """Return the scores [B, C, H, W] of a batch's images by the protocol; their argmax is the class."""
+        return self.protocol(partial(self.segment, names=batch.get("name")), batch["image"])
 
     def predict_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the class ids [B, H, W] of a batch's images."""
@@ -180,14 +212,16 @@ class SegmentationModule(LightningModule, ABC):
         return prediction
 
     def log_scores(self, stage: str) -> None:
-        scores = {}
+        scores, keys = {}, ("mIoU", *self.subsets, "fwIoU", "aAcc", "mAcc")
         for name, matrix in self.matrices.items():
             found = matrix.compute()
-            scores |= {f"{stage}/{name}/{key}": found[key] for key in ("mIoU", "fwIoU", "aAcc", "mAcc")}
+            found |= {key: found["IoU"][ids].nanmean() for key, ids in self.subsets.items()}
+            scores |= {f"{stage}/{name}/{key}": found[key] for key in keys}
             ious = zip(self.classes.names, found["IoU"], strict=True)
             scores |= {f"{stage}/{name}/IoU/{class_name}": iou for class_name, iou in ious}
-        means = torch.stack([scores[f"{stage}/{name}/mIoU"] for name in self.matrices])
-        scores[f"{stage}/mIoU"] = means.nanmean()
+        for key in ("mIoU", *self.subsets):
+            means = torch.stack([scores[f"{stage}/{name}/{key}"] for name in self.matrices])
+            scores[f"{stage}/{key}"] = means.nanmean()
         # Every process has the scores of all; sync_dist only spares Lightning's warning that they might not.
         # On the device, because NCCL cannot reduce what lies on the CPU.
         found = {name: value.float().to(self.device) for name, value in scores.items()}

@@ -96,6 +96,44 @@ def test_the_checkpoints_weights_are_what_is_scored(run):
     assert scores["road"] > 0 and sum(scores.values()) == scores["road"]
 
 
+def test_another_protocol_has_scores_a_folder_and_a_record_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config()
+    config["model"]["init_args"]["network"]["init_args"]["kernel"] = 3
+    train(["--config", str(write_config(tmp_path / "c.yaml", config)), "--output", "run"])
+    window = ["--window", "4", "6"]
+    commands = {
+        "": [],
+        "-window4x6": window,
+        "-window4x6-stride1x6": [*window, "--window-stride", "1", "6"],
+        "-scales0.5-1.0": ["--scales", "0.5", "1"],
+        "-flip": ["--flip"],
+        "-window4x6-scales2.0-flip": [*window, "--scales", "2", "--flip"],
+    }
+    for command in commands.values():
+        script.main(["run", "--pictures", "0", *command])
+    assert {path.name for path in Path("run/test").iterdir()} == {f"own-best{name}" for name in commands}
+    found = [metrics(f"run/test/own-best{name}") for name in commands]
+    assert found[0]["protocol"] == {"window": None, "window_stride": None, "scales": [1.0], "flip": False}
+    assert found[1]["protocol"] == {**found[0]["protocol"], "window": [4, 6], "window_stride": [2, 3]}
+    expected = {"window": [4, 6], "window_stride": [2, 3], "scales": [2.0], "flip": True}
+    assert found[5]["protocol"] == expected
+    assert not any(a["sets"] == b["sets"] for i, a in enumerate(found) for b in found[:i])
+    script.main(["run", "--pictures", "0", "--scales", "1", "--output", "again"])
+    assert metrics("again/own-best") == found[0]
+
+
+def test_a_wrong_protocol_is_named_in_short(capsys):
+    run = ["run"]  # is not looked for
+    assert "found window [0, 8] and stride [1, 4]" in error_of([*run, "--window", "0", "8"], capsys)
+    words = ["--window", "8", "8", "--window-stride", "4", "9"]
+    assert "found window [8, 8] and stride [4, 9]" in error_of([*run, *words], capsys)
+    assert "give their size by --window" in error_of([*run, "--window-stride", "4", "4"], capsys)
+    assert "found [1.0, 0.0]" in error_of([*run, "--scales", "1", "0"], capsys)
+    assert "--scales" in error_of([*run, "--scales"], capsys)
+    assert "--window" in error_of([*run, "--window", "8"], capsys)
+
+
 def test_mistakes_are_named_in_short(run, capsys, tmp_path):
     assert "no run folder or checkpoint nowhere" in error_of(["nowhere"], capsys)
     assert "give the folder of a run" in error_of([], capsys)

@@ -12,16 +12,16 @@ from datamodules.base import SegmentationDataModule
 
 
 class TinyNetwork(nn.Module):
-    """Logits of one 1x1 convolution; `width` hidden channels in front of it, frozen."""
+    """Logits of one convolution, by default 1x1; `width` hidden channels in front of it, frozen."""
 
-    def __init__(self, num_classes: int = 11, width: int = 4):
+    def __init__(self, num_classes: int = 11, width: int = 4, kernel: int = 1):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 1)
         with torch.no_grad():
             self.stem.weight.copy_(torch.linspace(-1, 1, self.stem.weight.numel()).view_as(self.stem.weight))
             self.stem.bias.zero_()
         self.stem.requires_grad_(False)
-        self.head = nn.Conv2d(width, num_classes, 1)
+        self.head = nn.Conv2d(width, num_classes, kernel, padding=kernel // 2)
 
     def forward(self, image):
         return self.head(self.stem(image))

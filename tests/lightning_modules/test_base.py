@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from callbacks.checkpoints import Checkpoints
+from callbacks.run_record import metrics_table, nest_metrics
 from functional.classes import class_table
+from functional.sliding_window import segment_image
 from lightning_modules.base import parameter_groups
 from lightning_modules.schedules import WarmupPoly
 from lightning_modules.supervised import Supervised
@@ -158,6 +161,38 @@ def test_prediction_gives_the_class_of_every_pixel():
     assert torch.equal(module.predict_step({"image": image}, 0), module.network(image).argmax(1))
 
 
+class Named(Supervised):
+    """Keeps the sizes and names of what it segments."""
+
+    def segment(self, image, names=None):
+        self.asked = [*getattr(self, "asked", []), (tuple(image.shape), names)]
+        return super().segment(image, names)
+
+
+def test_the_protocol_decides_how_images_are_segmented_and_their_names_reach_every_part():
+    module, names = Named(TinyNetwork(), "deliver11").eval(), ["a", "b"]
+    image = torch.rand(2, 3, 16, 16)
+    assert torch.equal(module.logits({"image": image}), module.network(image))
+    module.protocol = partial(segment_image, window=(8, 16), window_stride=(8, 16), scales=[1.5], flip=True)
+    module.asked = []
+    found = module.logits({"image": image, "name": names})
+    assert torch.equal(found, module.protocol(module.network, image))
+    assert module.asked == [((2, 3, 8, 16), names)] * 2 * 3 * 2
+
+
+@pytest.mark.parametrize("options", [{"window": (8, 8)}, {"scales": [0.5]}, {"flip": True}])
+def test_what_is_scored_and_predicted_follows_the_protocol(tmp_path, options):
+    module, data, scores = tiny_module(), TinyDataModule(), []
+    image = torch.rand(1, 3, 16, 16)
+    plain = module.eval().predict_step({"image": image}, 0)
+    for protocol in (module.protocol, partial(segment_image, **options)):
+        module.protocol = protocol
+        trainer = tiny_trainer(tmp_path, 1, enable_checkpointing=False)
+        scores.append(trainer.test(module, data, verbose=False)[0]["test/day/aAcc"])
+    assert scores[0] != scores[1]
+    assert not torch.equal(module.eval().predict_step({"image": image}, 0), plain)
+
+
 def trained(folder, **arguments):
     module = tiny_module(**arguments)
     tiny_trainer(folder, 2, [Checkpoints()]).fit(module, TinyDataModule())
@@ -221,3 +256,45 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="no classes and no frozen"):
         validate(tmp_path, tiny_module(), tmp_path / "x.ckpt")
+
+
+def nineteen_classes(**arguments):
+    network = TinyNetwork()
+    network.head = nn.Conv2d(8, 19, 1)
+    return Supervised(network, "cityscapes19", **arguments)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_subsets_of_the_classes_are_scored_too_in_each_set_their_mean_and_the_table(tmp_path, stage):
+    module, data = nineteen_classes(class_subsets=["synthia16", "synthia13"]).eval(), TinyDataModule()
+    trainer = tiny_trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=1.0)
+    {"val": trainer.validate, "test": trainer.test}[stage](module, data, verbose=False)
+    logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    left_out = {"mIoU": [], "mIoU16": [9, 14, 16], "mIoU13": [3, 4, 5, 9, 14, 16]}
+    for key, ids in left_out.items():
+        per_set = []
+        for name, matrix in module.matrices.items():
+            iou = matrix.compute()["IoU"].clone()
+            iou[ids] = torch.nan
+            per_set.append(iou.nanmean().item())
+            assert logged[f"{stage}/{name}/{key}"] == pytest.approx(per_set[-1], abs=1e-4)
+        assert logged[f"{stage}/{key}"] == pytest.approx(sum(per_set) / 2, abs=1e-4)
+    assert len({logged[f"{stage}/day/{key}"] for key in left_out}) == 3
+    table = metrics_table(nest_metrics(logged, stage))
+    cells = " | ".join(f"{logged[f'{stage}/{name}mIoU16']:.2f}" for name in ("day/", "night/", ""))
+    assert f"| **mIoU16** | {cells} |" in table
+
+
+def test_without_subsets_nothing_more_is_scored(tmp_path):
+    trainer = tiny_trainer(tmp_path, 1, enable_checkpointing=False, limit_val_batches=1.0)
+    trainer.validate(nineteen_classes(), TinyDataModule(), verbose=False)
+    assert not any("mIoU1" in name for name in trainer.callback_metrics)
+
+
+def test_a_subset_that_the_class_table_lacks_or_nobody_knows_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"'deliver11' cannot be scored on 'synthia13': found no class traffic light and"
+    ):
+        tiny_module(class_subsets=["synthia13"])
+    with pytest.raises(ValueError, match="'synthia12': choose one of"):
+        nineteen_classes(class_subsets=["synthia12"])
