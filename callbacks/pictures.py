@@ -69,6 +69,11 @@ def side_by_side(panels: dict[str, np.ndarray], width: int) -> np.ndarray:
     return np.concatenate(row[:-1], 1)
 
 
+def sized_like(image: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Resize an image uint8 [h, w, 3] to the size of class ids [H, W], bilinear; one of that size stays."""
+    return np.asarray(Image.fromarray(image).resize(ids.shape[::-1], Image.Resampling.BILINEAR))
+
+
 def comparison(
     image: np.ndarray,
     truth: np.ndarray | None,
@@ -80,7 +85,7 @@ def comparison(
     """Draw image | truth | prediction | prediction over the image, and the legend of the classes below.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [h, w, 3], see sized_like.
         truth: uint8 ids [H, W], or None where there is no label.
         prediction: uint8 ids [H, W].
         names, colors: of the classes.
@@ -89,6 +94,7 @@ def comparison(
     Returns:
         uint8 [height, total width, 3].
     """
+    image = sized_like(image, prediction)
     panels = {"image": image}
     if truth is not None:
         panels["truth"] = colorize(truth, colors)

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
-from callbacks.pictures import comparison, confusion_picture, to_uint8
+from callbacks.pictures import comparison, confusion_picture, sized_like, to_uint8
 from functional.classes import IGNORE_INDEX
 
 
@@ -40,8 +40,8 @@ class Predictions(Callback):
         set_name = list(pl_module.matrices)[dataloader_idx]
         drawn = self.drawn.setdefault(set_name, [])
         for i in range(min(self.per_set - len(drawn), len(outputs))):
-            image = to_uint8(batch["image"][i])
             truth, prediction = (ids[i].cpu().numpy().astype(np.uint8) for ids in (batch["label"], outputs))
+            image = sized_like(to_uint8(batch["image"][i]), prediction)  # wandb wants masks of its size
             table = pl_module.classes
             picture = comparison(image, truth, prediction, table.names, table.colors)
             folder = Path(trainer.default_root_dir) / "pictures"

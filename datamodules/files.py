@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import SegmentationDataModule
-from datamodules.label_maps import UNKNOWN, check_ids, lookup_table
+from datamodules.label_maps import TRAIN_IDS, UNKNOWN, check_ids, lookup_table
 from datamodules.reading import read_image, read_label
-from datamodules.transforms import Transform, resize
+from datamodules.transforms import Transform, resize, resize_to_fit
 from functional.classes import IGNORE_INDEX
 
 
@@ -35,6 +35,8 @@ class FileDataset(Dataset):
         size: height and width of the samples (image bilinear, label nearest, each resized alone, as MADM's
             code does); None for those of the files, which must then be equal for an image and its label.
         rescale_16_bit, first_channel: see read_image and read_label.
+        fit: height and width of a box that images alone are resized to fit, see resize_to_fit; or None.
+        same_size: False takes labels of another size than their image.
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class FileDataset(Dataset):
         size: tuple[int, int] | None = None,
         rescale_16_bit: bool = False,
         first_channel: bool = False,
+        fit: tuple[int, int] | None = None,
+        same_size: bool = True,
     ):
         self.root, self.pairs, self.table, self.size = root, list(pairs), table, size
+        self.fit, self.same_size = fit, same_size
         self.rescale_16_bit, self.first_channel = rescale_16_bit, first_channel
         self.label_map = np.where(table == UNKNOWN, IGNORE_INDEX, table).astype(np.uint8)
 
@@ -74,13 +79,15 @@ class FileDataset(Dataset):
         sample = {"image": image, "name": str(PurePosixPath(pair.image).with_suffix(""))}
         if pair.label is not None:
             label = self.label_map[self.read_label(index)]
-            if self.size is None:
+            if self.size is None and self.same_size:
                 check_sizes(self.root, pair, image, label)
             sample["label"] = label
         if self.size is not None:
             sample["image"] = resize(image, self.size, Image.Resampling.BILINEAR)
             if pair.label is not None:
                 sample["label"] = resize(label, self.size, Image.Resampling.NEAREST)
+        if self.fit is not None:
+            sample["image"] = resize_to_fit(image, self.fit)
         return sample
 
 
@@ -103,24 +110,34 @@ class Layout:
     """What is where in a published data set, and how much of it.
 
     Args:
-        title: name in messages; in lower case that of its evaluation set.
-        images: by split, pattern of the image files below the root.
+        title: name in messages.
+        images: by split ("train", and one that is scored), pattern of the image files below the root.
         labelled: the splits whose images have labels.
+        counts: by split, the number of images in each folder of the second level (where there are no such
+            folders, their sum counts); without a split whose number is not known.
+        size: height and width of the files; None where they vary.
         stored_names: by class table, the classes of the stored ids (see lookup_table).
-        counts: by split, the number of images in each folder of the second level.
-        size: height and width of the files.
         list_keys: section and key of the images in MADM's JSON files.
         first_channel: whether labels are colour files with the ids in their first channel.
+        other_images: by split, the pattern in another layout of the set, where only this one finds files.
+        same_size: False where published labels have not quite the size of their image.
     """
 
     title: str
     images: dict[str, str]
     labelled: tuple[str, ...]
-    stored_names: dict[str, Sequence[str | None]]
     counts: dict[str, dict[str, int]]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
+    stored_names: dict[str, Sequence[str | None]] = field(default_factory=lambda: {"cityscapes19": TRAIN_IDS})
     list_keys: tuple[str, str] = ("target_data", "second_modality")
     first_channel: bool = False
+    other_images: dict[str, str] = field(default_factory=dict)
+    same_size: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of the data set in commands, and of its evaluation set."""
+        return self.title.lower().replace(" ", "_")
 
 
 class FileDataModule(SegmentationDataModule):
@@ -135,6 +152,9 @@ class FileDataModule(SegmentationDataModule):
         classes: name of the class table; None for the first that the data set knows.
         eval_size: height and width to which images and labels, of whatever sizes, are resized for scoring;
             None for those of the files, which must then be equal.
+        eval_fit: instead of eval_size, height and width of a box that images are resized to fit, keeping
+            their ratio (see resize_to_fit); labels keep the file's size, in which it is scored. Sizes in a
+            batch must be equal: a set of several sizes needs eval_batch_size 1.
         train_list, test_list: MADM's JSON files instead of all files in the folders.
         rescale_16_bit: whether images of 16 bits are brought to 8, see read_image; else they are an error.
         batch_size, eval_batch_size, num_workers, seed, transform: see SegmentationDataModule.
@@ -147,6 +167,7 @@ class FileDataModule(SegmentationDataModule):
         root: str | Path,
         classes: str | None = None,
         eval_size: tuple[int, int] | None = None,
+        eval_fit: tuple[int, int] | None = None,
         train_list: str | Path | None = None,
         test_list: str | Path | None = None,
         rescale_16_bit: bool = False,
@@ -168,8 +189,13 @@ class FileDataModule(SegmentationDataModule):
                 f"{self.layout.title} has no labels for the class table {classes!r}. "
                 f"Set classes to {' or '.join(self.layout.stored_names)}."
             )
-        self.eval_size, self.rescale_16_bit = eval_size, rescale_16_bit
-        self.eval_split = next(split for split in self.layout.images if split != "train")
+        if eval_size is not None and eval_fit is not None:
+            raise ValueError(
+                f"{self.layout.title} can be scored at one size: found eval_size {list(eval_size)} and "
+                f"eval_fit {list(eval_fit)}. Leave one of them out."
+            )
+        self.eval_size, self.eval_fit, self.rescale_16_bit = eval_size, eval_fit, rescale_16_bit
+        self.eval_split = next((split for split in self.layout.images if split != "train"), "val")
         self.lists = {"train": train_list, self.eval_split: test_list}
         self.complete: dict[str, FileDataset] = {}
 
@@ -185,22 +211,27 @@ class FileDataModule(SegmentationDataModule):
         return self.complete_dataset("train")
 
     def eval_datasets(self, split: str) -> dict[str, FileDataset]:
-        return {self.layout.title.lower(): self.complete_dataset(self.eval_split)}
+        return {self.layout.name: self.complete_dataset(self.eval_split)}
 
     def train_dataloader(self) -> DataLoader:
-        if "train" not in self.layout.labelled:
+        if "train" in self.layout.images and "train" not in self.layout.labelled:
             raise ValueError(
                 f"{self.layout.title} has no training labels here: it can be the target of an adaptation. "
                 "Set data to datamodules.adaptation.AdaptationDataModule with this as its target."
             )
         return super().train_dataloader()
 
+    def pattern(self, split: str) -> str:
+        """Return the pattern of a split's image files in the layout that the folder has."""
+        patterns = [self.layout.images[split], *filter(None, [self.layout.other_images.get(split)])]
+        return next((pattern for pattern in patterns if any(self.root.glob(pattern))), patterns[0])
+
     def find(self, split: str) -> FileDataset:
         """Return the samples of a split at the size in which they are used; their files may be missing."""
         if self.lists[split] is not None:
             pairs = self.listed_pairs(split, Path(self.lists[split]))
         else:
-            paths = self.root.glob(self.layout.images[split])
+            paths = self.root.glob(self.pattern(split))
             found = sorted(path.relative_to(self.root).as_posix() for path in paths)
             labelled = split in self.layout.labelled
             pairs = [
@@ -209,22 +240,32 @@ class FileDataModule(SegmentationDataModule):
                 if self.wanted(split, image)
             ]
         table = lookup_table(self.layout.stored_names[self.classes], self.classes)
-        size = None if split == "train" else self.eval_size
-        return FileDataset(self.root, pairs, table, size, self.rescale_16_bit, self.layout.first_channel)
+        size, fit = (None, None) if split == "train" else (self.eval_size, self.eval_fit)
+        first_channel, same_size = self.layout.first_channel, self.layout.same_size
+        return FileDataset(
+            self.root, pairs, table, size, self.rescale_16_bit, first_channel, fit=fit, same_size=same_size
+        )
 
     def complete_dataset(self, split: str) -> FileDataset:
         """Find the samples of a split, once.
 
         Raises:
+            ValueError: the data set has no such split here.
             FileNotFoundError: there are none, or some of their files are missing.
         """
         if split in self.complete:
             return self.complete[split]
+        if split not in self.layout.images:
+            role, known = ("one of its targets", "val") if split == "train" else ("its source", "train")
+            raise ValueError(
+                f"{self.layout.title} has no {split} images here: found those of {known} alone. "
+                f"Set data to datamodules.generalization.GeneralizationDataModule with this as {role}."
+            )
         dataset = self.find(split)
         if not len(dataset):
             raise FileNotFoundError(
                 f"{self.layout.title} has no {split} images: looked for "
-                f"{self.root / self.layout.images[split]} and found none. Set root (now {str(self.root)!r}); "
+                f"{self.root / self.pattern(split)} and found none. Set root (now {str(self.root)!r}); "
                 "docs/datasets.md shows the layout."
             )
         files = [file for pair in dataset.pairs for file in pair if file is not None]

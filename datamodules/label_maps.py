@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from functional.classes import DELIVER11, IGNORE_INDEX, class_table
+from functional.classes import CITYSCAPES19, DELIVER11, IGNORE_INDEX, class_table
 
 UNKNOWN = -1  # in a look-up table: the data set has no such id
 
@@ -32,6 +32,17 @@ FMB_STREET = (
     "pole",
 )
 DSEC_STREET = DELIVER11.names  # id 0, "background" in DSEC-Semantic, is read as sky
+TRAIN_IDS = CITYSCAPES19.names  # of files *_labelTrainIds.png
+
+# By train id, the ids in the published label files that become it; all others are ignored.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # GTA5's too
+SYNTHIA_IDS = (3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11)
+MAPILLARY_IDS = (  # of version 1.2, as HRDA reads them (arXiv 2304.13615)
+    *((13, 24, 41), (2, 15), 17),  # road with lane markings and manholes, sidewalk with curbs
+    *(6, 3, (45, 47), 48, 50),  # pole with utility poles
+    *(30, 29, 27, 19, (20, 21, 22)),  # bicyclist, motorcyclist, other rider
+    *(55, 61, 54, 58, 57, 52),
+)
 
 
 def lookup_table(stored: Sequence[str | None], classes: str) -> np.ndarray:
@@ -48,6 +59,14 @@ def lookup_table(stored: Sequence[str | None], classes: str) -> np.ndarray:
     table = np.full(256, UNKNOWN, np.int16)
     table[: len(stored)] = [names.index(name) if name in names else IGNORE_INDEX for name in stored]
     table[IGNORE_INDEX] = IGNORE_INDEX
+    return table
+
+
+def train_id_table(ids: Sequence[int | tuple[int, ...]]) -> np.ndarray:
+    """Build the table from the ids of published label files to train ids, uint8 [256], 255 for all others."""
+    table = np.full(256, IGNORE_INDEX, np.uint8)
+    for train_id, published in enumerate(ids):
+        table[np.atleast_1d(published)] = train_id
     return table
 
 

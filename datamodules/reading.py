@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -52,11 +53,14 @@ def read_image(path: str | Path, rescale_16_bit: bool = True) -> np.ndarray:
     )
 
 
-def read_label(path: str | Path, first_channel: bool = False) -> np.ndarray:
+def read_label(path: str | Path, first_channel: bool = False, mode: str | None = None) -> np.ndarray:
     """Read the ids of a label file: the numbers stored in it, palette indices included, never colours.
 
     Args:
-        first_channel: whether the ids stand in the first channel of a colour file; else one is refused.
+        first_channel: whether the ids stand in the first channel of a colour file, which may be of 16 bits;
+            else one is refused.
+        mode: the Pillow mode that the file must have, such as "P" for a palette, and ";16" if it has so many
+            bits; None for any.
 
     Returns:
         uint8 [H, W].
@@ -67,14 +71,19 @@ def read_label(path: str | Path, first_channel: bool = False) -> np.ndarray:
     """
     path = Path(path)
     with _opened(path, "label") as image:
+        colors_16_bit = _is_16_bit(image) and not _is_16_bit_grey(image)
         image.load()
         ids = np.asarray(image)
     if first_channel and ids.ndim == 3:
-        ids = ids[..., 0]
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 255:
+        # Of 16 bits Pillow keeps the upper 8; OpenCV keeps all, in the order blue, green, red.
+        ids = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[..., 2] if colors_16_bit else ids[..., 0]
+    stored = f"{image.mode};16" if colors_16_bit else image.mode
+    are_ids = ids.ndim == 2 and ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() <= 255
+    if not are_ids or mode not in (None, stored):
+        expected = f" in place of {mode}" if mode else ""
         raise ValueError(
-            f"{path} does not hold one class id of 0..255 a pixel: found Pillow mode {image.mode}, values "
-            f"{ids.min()} to {ids.max()}. Give the file with the ids, not the one with colours."
+            f"{path} does not hold one class id of 0..255 a pixel: found Pillow mode {stored}{expected}, "
+            f"values {ids.min()} to {ids.max()}. Give the file with the ids, not the one with colours."
         )
     return ids.astype(np.uint8)
 

@@ -13,6 +13,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from datamodules.photometric import distort, draw_distortion
+from functional.classes import IGNORE_INDEX
+
+RECROPS = 10  # further crops of an image whose crop shows too much of one class
+
 
 class Transform(Protocol):
     """Changes a training sample; the same seed gives the same bytes, in whichever process."""
@@ -80,6 +85,29 @@ def resize(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling
     return np.array(Image.fromarray(pixels).resize((width, height), resample))
 
 
+def fit_size(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """Largest (height, width) of a size's ratio that fits into a box, as mmcv has it.
+
+    Sides are rounded to whole pixels; the box gives a long and a short side and turns with an upright image.
+    """
+    scale = min(max(box) / max(size), min(box) / min(size))
+    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+
+def resize_to_fit(
+    pixels: np.ndarray, box: tuple[int, int], interpolation: int = cv2.INTER_LINEAR
+) -> np.ndarray:
+    """Resize uint8 [H, W, 3] or [H, W] to fit_size with OpenCV, whose filters are not anti-aliased."""
+    height, width = fit_size(pixels.shape[:2], box)
+    return cv2.resize(pixels, (width, height), interpolation=interpolation)
+
+
+def pad(pixels: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
+    """Fill uint8 [H, W, 3] or [H, W] up to (height, width), at the right and below."""
+    missing = [(0, max(wanted - found, 0)) for wanted, found in zip(size, pixels.shape[:2], strict=True)]
+    return np.pad(pixels, [*missing, *[(0, 0)] * (pixels.ndim - 2)], constant_values=value)
+
+
 class ResizeCropFlip:
     """MADM's training augmentation: resize (bilinear, label nearest), uniform random crop, horizontal flip.
 
@@ -119,3 +147,57 @@ class ResizeCropFlip:
             luma = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
             image = cv2.cvtColor(luma, cv2.COLOR_GRAY2RGB)
         return image, label
+
+
+class FitCropFlipDistort:
+    """DIFF's training augmentation: resize to fit a box, crop, horizontal flip, photometric distortion.
+
+    Image (bilinear) and label (nearest) are resized each alone, as in the published code, which so takes the
+    labels of GTA5 that differ from their image by a few pixels. Where a crop is larger than its image, the
+    rest is ignored, and grey: 128, to which the published 0 after a normalisation by 127.5 comes nearest.
+
+    Args:
+        crop_size: height and width of the result.
+        fit: height and width of the box, see fit_size; None keeps the file's size.
+        max_class_share: a crop of one class, or in which one has this share of the labelled pixels or more,
+            is drawn again, ten times at most.
+        flip: probability of the flip.
+        distort: whether the colours change, see draw_distortion.
+    """
+
+    def __init__(
+        self,
+        crop_size: tuple[int, int],
+        fit: tuple[int, int] | None = None,
+        max_class_share: float = 0.75,
+        flip: float = 0.5,
+        distort: bool = True,
+    ):
+        self.crop_size, self.fit, self.max_class_share = crop_size, fit, max_class_share
+        self.flip, self.distort = flip, distort
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.fit is not None:
+            image = resize_to_fit(image, self.fit)
+            label = resize_to_fit(label, self.fit, cv2.INTER_NEAREST)
+        rng = np.random.default_rng(seed)
+        view = self.draw_view(image.shape[:2], rng)
+        for _ in range(RECROPS):
+            if self.is_mixed(label[view]):
+                break
+            view = self.draw_view(image.shape[:2], rng)
+        step = -1 if rng.random() < self.flip else 1
+        image, label = np.ascontiguousarray(image[view][:, ::step]), label[view][:, ::step]
+        if self.distort:
+            image = distort(image, draw_distortion(rng))
+        return pad(image, self.crop_size, 128), pad(label, self.crop_size, IGNORE_INDEX)
+
+    def draw_view(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[slice, slice]:
+        """Draw rows and columns of a crop of an image of (height, width)."""
+        starts = (rng.integers(max(a - b, 0) + 1) for a, b in zip(size, self.crop_size, strict=True))
+        return tuple(slice(start, start + side) for start, side in zip(starts, self.crop_size, strict=True))
+
+    def is_mixed(self, label: np.ndarray) -> bool:
+        """Whether a label shows several classes and none of them too much."""
+        counts = np.bincount(label.ravel(), minlength=256)[:IGNORE_INDEX]
+        return np.count_nonzero(counts) > 1 and counts.max() < self.max_class_share * counts.sum()

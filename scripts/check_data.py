@@ -12,7 +12,7 @@ import importlib
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +47,7 @@ def data_sets() -> dict[str, type[FileDataModule]]:
     """Return the DataModules of files in datamodules/ by name."""
     for module in pkgutil.iter_modules(datamodules.__path__):
         importlib.import_module(f"datamodules.{module.name}")
-    return {kind.layout.title.lower(): kind for kind in FileDataModule.__subclasses__()}
+    return {kind.layout.name: kind for kind in FileDataModule.__subclasses__()}
 
 
 def check_sample(dataset: FileDataset, index: int) -> Found:
@@ -64,7 +64,7 @@ def check_sample(dataset: FileDataset, index: int) -> Found:
         try:
             label = dataset.read_label(index)
             found.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
-            if image is not None:
+            if image is not None and dataset.same_size:
                 check_sizes(dataset.root, pair, image, label)
         except (FileNotFoundError, ValueError) as error:
             found.faults.append(str(error))
@@ -74,7 +74,10 @@ def check_sample(dataset: FileDataset, index: int) -> Found:
 def check_split(data: FileDataModule, split: str, pool: Executor) -> tuple[Found, str]:
     """Check a split; return what was found and a line about it."""
     dataset, found = data.find(split), Found()
-    folders, expected = Counter(pair.image.split("/")[1] for pair in dataset.pairs), data.layout.counts[split]
+    folders = Counter(pair.image.split("/")[1] for pair in dataset.pairs)
+    expected = data.layout.counts.get(split, folders)
+    if folders and folders.keys().isdisjoint(expected):  # no folders, or others: only the sum can be compared
+        folders, expected = Counter({"*": len(dataset)}), {"*": sum(expected.values())}
     for folder in sorted({*folders, *expected}):
         if folders[folder] != expected.get(folder, 0):
             found.faults.append(
@@ -85,10 +88,10 @@ def check_split(data: FileDataModule, split: str, pool: Executor) -> tuple[Found
     title = f"{data.layout.title} {split}"
     for sample in tqdm(samples, total=len(dataset), desc=title, unit="image", disable=None, leave=False):
         found.add(sample)
-    height, width = data.layout.size
+    published = "{1}x{0}".format(*data.layout.size) if data.layout.size else "many sizes"
     sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in found.sizes.most_common())
     ids = f", ids {' '.join(map(str, sorted(found.ids)))}" if found.ids else ""
-    return found, f"{split}: {len(dataset)} images, sizes {sizes} (published {width}x{height}){ids}"
+    return found, f"{split}: {len(dataset)} images, sizes {sizes} (published {published}){ids}"
 
 
 def check(data: FileDataModule, pool: Executor) -> Iterator[tuple[str, bool]]:
@@ -105,26 +108,36 @@ def check(data: FileDataModule, pool: Executor) -> Iterator[tuple[str, bool]]:
             yield f"  FAULT {paths} show the same picture: splits must not overlap.", True
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(argv: list[str] | None, doc: str, option: str, meaning: str) -> argparse.Namespace:
+    """Parse data sets, workers and a switch of the command that `doc` explains."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", metavar="NAME=ROOT", help="name and folder of a data set")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files read at a time")
-    parser.add_argument("--rescale-16-bit", action="store_true", help="accept images of 16 bits")
+    parser.add_argument(option, action="store_true", help=meaning)
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers must be at least 1: found {args.workers}")
     return args
 
 
+def named_folders(words: list[str], known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Split the words NAME=ROOT.
+
+    Raises:
+        UsageError: a word is none, or names no known data set.
+    """
+    for name, _, root in (word.partition("=") for word in words):
+        if name not in known or not root:
+            guess = nearest(name, known) or " or ".join(sorted(known))
+            raise UsageError(f"{name}={root} is no data set and its folder: did you mean {guess}=ROOT?")
+        yield name, root
+
+
 def main(argv: list[str] | None = None) -> None:
-    args, known, faults = arguments(argv), data_sets(), 0
+    args = arguments(argv, __doc__, "--rescale-16-bit", "accept images of 16 bits")
+    known, faults = data_sets(), 0
     with edge_errors(), ThreadPoolExecutor(args.workers) as pool:
-        for name, _, root in (word.partition("=") for word in args.sets):
-            if name not in known or not root:
-                guess = nearest(name, known) or " or ".join(sorted(known))
-                raise UsageError(f"{name}={root} is no data set and its folder: did you mean {guess}=ROOT?")
+        for name, root in named_folders(args.sets, known):
             data = known[name](root, rescale_16_bit=args.rescale_16_bit)
             for line, is_fault in check(data, pool):
                 print(line)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -71,3 +72,79 @@ def write_dsec(root: Path, size: tuple[int, int] = SIZE) -> None:
             if split == "test":
                 label = root / f"test_semantic_labels/{sequence}/11classes/{frame:06d}.png"
                 write_png(label, blocks(label, [*range(11), 255], size))
+
+
+def write_pair(image: Path, label: Path, size: tuple[int, int]) -> None:
+    """RGB image, single-channel label in train ids."""
+    write_png(image, noise(image, *size, 3))
+    write_png(label, blocks(label, [*range(19), 255], size))
+
+
+def write_palette(path: Path, ids: np.ndarray) -> None:
+    """Label file with a palette, whose colours are not its ids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(ids)
+    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+    picture.save(path)
+
+
+def write_red_16_bit(path: Path, ids: np.ndarray) -> None:
+    """Label file of 16-bit colours: ids in red, other numbers in green and blue."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.dstack([ids + 300, ids + 7, ids]).astype(np.uint16))  # blue, green, red
+
+
+def write_gta5(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """Labels as published and in train ids; the second label has two rows more than its image."""
+    for number in (1, 2):
+        higher = (size[0] + 2 * number - 2, size[1])
+        image, label = root / f"images/{number:05d}.png", root / f"labels/{number:05d}_labelTrainIds.png"
+        write_png(image, noise(image, *size, 3))
+        write_png(label, blocks(label, [*range(19), 255], higher))
+        write_palette(root / f"labels/{number:05d}.png", blocks(label, range(35), higher))
+
+
+def write_synthia(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """Labels as published and in train ids."""
+    for number in (0, 1):
+        label = root / f"GT/LABELS/{number:07d}_labelTrainIds.png"
+        write_pair(root / f"RGB/{number:07d}.png", label, size)
+        write_red_16_bit(root / f"GT/LABELS/{number:07d}.png", blocks(label, range(23), size).astype(int))
+
+
+def write_bdd100k(root: Path, size: tuple[int, int] = SIZE, older: bool = False) -> None:
+    """JPEG images, labels in train ids, in the layout of today's release or of the older one."""
+    images, labels = ("seg/images", "seg/labels") if older else ("images/10k", "labels/sem_seg/masks")
+    for stem in ("7d06fefd-f7be05a6", "b1c66a42-6f7d68ca"):
+        write_pair(
+            root / f"{images}/val/{stem}.jpg",
+            root / f"{labels}/val/{stem}{'_train_id' if older else ''}.png",
+            size,
+        )
+
+
+def write_mapillary(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """JPEG images of two sizes; labels as published and in train ids."""
+    for stem, own in (("_1Gn_xkw7sa_i9GU4mkxxQ", size), ("zzmhFaPJwTQZcSOxYt3p5Q", size[::-1])):
+        label = root / f"validation/labels/{stem}_labelTrainIds.png"
+        write_pair(root / f"validation/images/{stem}.jpg", label, own)
+        write_palette(root / f"validation/labels/{stem}.png", blocks(label, range(66), own))
+
+
+def write_acdc(root: Path, size: tuple[int, int] = SIZE, flat: bool = False) -> None:
+    """Images of four conditions, others for reference, labels in train ids; DAFormer's layout if `flat`."""
+    for condition in ("fog", "night", "rain", "snow"):
+        for split in ("train", "val", "val_ref"):
+            folder = split if flat else f"{condition}/{split}/GOPR0475"
+            for frame in (41, 55):
+                stem = f"{folder}/GOPR0475_{condition}_frame_{frame:06d}"
+                write_pair(
+                    root / f"rgb_anon/{stem}_rgb_anon.png", root / f"gt/{stem}_gt_labelTrainIds.png", size
+                )
+
+
+def write_dark_zurich(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """Images at night with labels in train ids."""
+    for frame in (321, 373):
+        stem = f"val/night/GOPR0356/GOPR0356_frame_{frame:06d}"
+        write_pair(root / f"rgb_anon/{stem}_rgb_anon.png", root / f"gt/{stem}_gt_labelTrainIds.png", size)

@@ -67,3 +67,13 @@ def assert_same(a: list[dict], b: list[dict]):
         for part in ("source", "target"):
             assert x[part]["name"] == y[part]["name"] and torch.equal(x[part]["image"], y[part]["image"])
         assert torch.equal(x["source"]["label"], y["source"]["label"])
+
+
+def forget_labels(monkeypatch, dataset: type):
+    """Let the samples of a data set have no labels."""
+    original = dataset.__getitem__
+    monkeypatch.setattr(
+        dataset,
+        "__getitem__",
+        lambda self, index: {k: v for k, v in original(self, index).items() if k != "label"},
+    )

@@ -27,6 +27,12 @@ def test_a_comparison_shows_the_classes_that_occur_in_truth_or_prediction():
     assert not has_color(comparison(image, None, prediction, NAMES, COLORS, width=64), COLORS[0])
 
 
+def test_an_image_of_another_size_than_its_label_is_drawn_in_the_labels_size():
+    image, ids = np.full((6, 5, 3), 90, np.uint8), np.zeros((8, 16), np.uint8)
+    picture = comparison(image, ids, ids, NAMES, COLORS, width=16)
+    assert np.array_equal(picture, comparison(np.full((8, 16, 3), 90, np.uint8), ids, ids, NAMES, COLORS, 16))
+
+
 def test_a_confusion_matrix_is_darkest_where_all_pixels_of_a_class_are():
     picture = confusion_picture(np.array([[10, 0], [0, 0]]), NAMES)
     assert has_color(picture, (8, 48, 107))  # all of road is road

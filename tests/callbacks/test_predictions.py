@@ -34,6 +34,20 @@ def test_a_picture_shows_image_truth_and_prediction(tmp_path):
     assert {table.colors[i] for i in np.unique(data["label"]) if i != 255} <= colors
 
 
+def test_an_image_of_another_size_than_its_label_is_kept_in_the_labels_size(tmp_path):
+    callback, data = Predictions(1), TinyDataModule()
+    trainer = tiny_trainer(tmp_path, 1, [callback], enable_checkpointing=False, limit_val_batches=1)
+    loader = data.val_dataloader()[0]
+    small = [{**batch, "image": batch["image"][..., ::2, ::2]} for batch in loader]
+    module = tiny_module()
+    module.matrices, module.trainer = {"day": None}, trainer
+    outputs = next(iter(loader))["label"]
+    callback.on_validation_batch_end(trainer, module, outputs, small[0], 0)
+    ((image, truth, prediction, _),) = callback.drawn["day"]
+    assert small[0]["image"].shape[-2:] == (8, 8)
+    assert image.shape == (16, 16, 3) and truth.shape == prediction.shape == (16, 16)
+
+
 def test_a_sanity_check_draws_nothing(tmp_path):
     options = {"limit_val_batches": 1.0, "num_sanity_val_steps": 1, "val_check_interval": 100}
     trainer = tiny_trainer(tmp_path, 1, [Predictions(1)], enable_checkpointing=False, **options)

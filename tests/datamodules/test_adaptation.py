@@ -7,7 +7,7 @@ from cli import build
 from datamodules.adaptation import AdaptationDataModule
 from datamodules.mini_world.datamodule import MiniStreetDataModule
 from lightning_modules.supervised import Supervised
-from tests.label_files import RARE, SIZE, LabelFiles, adaptation, assert_same, first_batches
+from tests.label_files import RARE, SIZE, LabelFiles, adaptation, assert_same, first_batches, forget_labels
 from tests.tiny_training import TinyDataModule, TinyDataset, TinyNetwork, tiny_trainer
 
 # --- a batch
@@ -53,15 +53,6 @@ def test_seed_changes_both_parts_and_they_are_drawn_independently_of_each_other(
     batch = first_batches(data, 1)[0]
     assert sorted(batch["source"]["name"]) == sorted(batch["target"]["name"])
     assert batch["source"]["name"] != batch["target"]["name"]
-
-
-def forget_labels(monkeypatch, dataset: type):
-    original = dataset.__getitem__
-    monkeypatch.setattr(
-        dataset,
-        "__getitem__",
-        lambda self, index: {k: v for k, v in original(self, index).items() if k != "label"},
-    )
 
 
 def test_a_target_sample_is_the_same_whether_it_has_a_label_or_not(monkeypatch):

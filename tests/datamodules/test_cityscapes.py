@@ -20,7 +20,9 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("classes, mapped", [("deliver11", TO_11), ("fmb9", TO_9)])
+@pytest.mark.parametrize(
+    "classes, mapped", [("deliver11", TO_11), ("fmb9", TO_9), ("cityscapes19", list(range(19)))]
+)
 def test_labels_are_mapped_to_the_class_table(root, classes, mapped):
     dataset = CityscapesDataModule(root, classes=classes).train_dataset()
     sample = dataset[1]

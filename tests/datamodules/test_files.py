@@ -137,3 +137,17 @@ def test_a_palette_label_gives_its_indices(fmb):
     indexed.putpalette([7, 8, 9] * 256)
     indexed.save(fmb / "test/Label/00003.png")
     assert (FMBDataModule(fmb).eval_datasets("test")["fmb"][0]["label"] == 3).all()
+
+
+def test_a_box_to_fit_changes_images_for_scoring_alone(tmp_path):
+    write_cityscapes(tmp_path)
+    data = CityscapesDataModule(tmp_path, eval_fit=(16, 48))
+    sample = data.eval_datasets("val")["cityscapes"][0]
+    assert sample["image"].shape == (16, 24, 3) and sample["label"].shape == (32, 48)
+    assert data.train_dataset()[0]["image"].shape == (32, 48, 3)
+
+
+def test_of_a_box_to_fit_the_files_must_have_one_size(fmb):
+    write_png(fmb / "test/Label/00003.png", np.zeros((30, 48), np.uint8))
+    with pytest.raises(ValueError, match="found 48x32 and 48x30"):
+        FMBDataModule(fmb, eval_fit=(16, 24)).eval_datasets("test")["fmb"][0]

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 
 from datamodules.label_maps import (
+    CITYSCAPES_IDS,
     CITYSCAPES_STREET,
     DELIVER_STREET,
     DSEC_STREET,
     FMB_STREET,
+    MAPILLARY_IDS,
+    SYNTHIA_IDS,
+    TRAIN_IDS,
     check_ids,
     lookup_table,
+    train_id_table,
 )
 from functional.classes import class_table
 
@@ -19,12 +24,44 @@ TO_11 = [5, 6, 1, 9, 2, 4, 10, 10, 7, 7, 0, 3, 3, 8, 8, 8, 8, 8, 8]
 TO_9 = [4, 5, 1, 255, 255, 3, 8, 8, 6, 6, 0, 2, 2, 7, 7, 7, 7, 7, 7]
 DELIVER_FROM_1 = [1, 2, 255, 3, 4, 5, 5, 6, 7, 8, 9, 10, 0, 255, 255, 255, 255, 10, 255, 255, 255, 7, 8, 8, 8]
 
+# Name, then the ids of Cityscapes and GTA5, SYNTHIA and Mapillary 1.2, in the order of the train ids.
+PUBLISHED = [
+    ("road", [7], [3], [13, 24, 41]),
+    ("sidewalk", [8], [4], [2, 15]),
+    ("building", [11], [2], [17]),
+    ("wall", [12], [21], [6]),
+    ("fence", [13], [5], [3]),
+    ("pole", [17], [7], [45, 47]),
+    ("traffic light", [19], [15], [48]),
+    ("traffic sign", [20], [9], [50]),
+    ("vegetation", [21], [6], [30]),
+    ("terrain", [22], [16], [29]),
+    ("sky", [23], [1], [27]),
+    ("person", [24], [10], [19]),
+    ("rider", [25], [17], [20, 21, 22]),
+    ("car", [26], [8], [55]),
+    ("truck", [27], [18], [61]),
+    ("bus", [28], [19], [54]),
+    ("train", [31], [20], [58]),
+    ("motorcycle", [32], [12], [57]),
+    ("bicycle", [33], [11], [52]),
+]
+
+
+@pytest.mark.parametrize("column, ids", [(1, CITYSCAPES_IDS), (2, SYNTHIA_IDS), (3, MAPILLARY_IDS)])
+def test_each_published_id_becomes_its_train_id_and_all_others_are_ignored(column, ids):
+    table, names = train_id_table(ids), class_table("cityscapes19").names
+    expected = {i: names.index(row[0]) for row in PUBLISHED for i in row[column]}
+    assert len(expected) == sum(len(row[column]) for row in PUBLISHED)
+    assert table.tolist() == [expected.get(i, 255) for i in range(256)]
+
 
 @pytest.mark.parametrize(
     "stored, classes, expected",
     [
         (CITYSCAPES_STREET, "deliver11", TO_11),
         (CITYSCAPES_STREET, "fmb9", TO_9),
+        (TRAIN_IDS, "cityscapes19", list(range(19))),
         (DELIVER_STREET, "deliver11", [255, *DELIVER_FROM_1]),
         (FMB_STREET, "fmb9", [255, 4, 5, 1, 8, 8, 6, 0, 2, 7, 7, 7, 7, 7, 3]),
         (DSEC_STREET, "deliver11", list(range(11))),

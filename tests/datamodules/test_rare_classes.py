@@ -213,3 +213,23 @@ def test_counts_of_ids_that_no_label_can_hold_are_refused(tmp_path, wrong):
 def test_a_missing_file_of_counts_says_how_to_write_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python -m scripts\.count_classes"):
         read_counts(tmp_path / "none.json", LabelFiles())
+
+
+# Of GTA5 in train ids: shares of the pixels, and the probabilities that DIFF's released logs print for them.
+GTA5_SHARES = {
+    18: 0.00006, 12: 0.00034, 17: 0.00035, 16: 0.00073, 7: 0.00091, 6: 0.00151, 11: 0.00408, 15: 0.00415,
+    4: 0.00713, 5: 0.01193, 14: 0.01268, 3: 0.02078, 9: 0.02413, 13: 0.02827, 8: 0.08554, 1: 0.09329,
+    10: 0.15232, 2: 0.19034, 0: 0.36144,
+}  # fmt: skip
+GTA5_PROBABILITIES = [
+    *(0.119714, 0.116375, 0.116250, 0.111966, 0.109988, 0.103560, 0.080077, 0.079574, 0.059053, 0.036531),
+    *(0.033881, 0.015085, 0.010784, 0.0071281, 2.3209e-5, 1.0694e-5, 2.9212e-8, 6.5199e-10, 2.4191e-17),
+]
+
+
+def test_the_probabilities_of_gta5_are_those_of_the_published_run():
+    found = class_probabilities(np.array(list(GTA5_SHARES.values())), 0.01)
+    assert len(found) == 19 and found.sum() == pytest.approx(1)
+    assert (np.diff(found) < 0).all()
+    # Shares are known to 1e-5, which the temperature turns into 5e-4 of a probability.
+    np.testing.assert_allclose(found, GTA5_PROBABILITIES, rtol=2e-3)

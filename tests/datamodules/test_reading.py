@@ -106,3 +106,31 @@ def test_sixteen_bit_colour_is_refused_or_rescaled_as_grey_is(tmp_path, suffix, 
         read_image(path, rescale_16_bit=False)
     cv2.imwrite(str(path), np.full((2, 2, channels), 100, np.uint8))
     assert (read_image(path, rescale_16_bit=False) == 100).all()
+
+
+def test_ids_in_the_first_channel_of_sixteen_bit_colours_keep_their_value(tmp_path):
+    ids = np.array([[0, 22], [255, 7]])
+    cv2.imwrite(str(tmp_path / "x.png"), np.dstack([ids + 256, ids + 1, ids]).astype(np.uint16))
+    for mode in (None, "RGB;16"):
+        np.testing.assert_array_equal(read_label(tmp_path / "x.png", first_channel=True, mode=mode), ids)
+    with pytest.raises(ValueError, match=r"found Pillow mode RGB;16 in place of RGB, values 0 to 255"):
+        read_label(tmp_path / "x.png", first_channel=True, mode="RGB")
+    cv2.imwrite(str(tmp_path / "x.png"), np.dstack([ids, ids, ids + 1]).astype(np.uint16))
+    with pytest.raises(ValueError, match="values 1 to 256"):
+        read_label(tmp_path / "x.png", first_channel=True)
+
+
+def test_a_truncated_label_of_sixteen_bit_colours_is_an_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "x.png"), noise)
+    whole = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"x\.png cannot be read"):
+        read_label(tmp_path / "x.png", first_channel=True)
+
+
+def test_grey_values_are_no_ids_of_a_palette(tmp_path):
+    Image.fromarray(np.array([[7, 8]], np.uint8)).save(tmp_path / "x.png")
+    assert read_label(tmp_path / "x.png").tolist() == [[7, 8]]
+    with pytest.raises(ValueError, match=r"found Pillow mode L in place of P"):
+        read_label(tmp_path / "x.png", mode="P")

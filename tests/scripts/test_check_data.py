@@ -10,7 +10,18 @@ from datamodules.cityscapes import CityscapesDataModule
 from datamodules.deliver import DeliverDataModule
 from datamodules.fmb import FMBDataModule
 from scripts.check_data import data_sets, main
-from tests.fake_data import write_cityscapes, write_deliver, write_fmb, write_png
+from tests.fake_data import (
+    write_acdc,
+    write_bdd100k,
+    write_cityscapes,
+    write_dark_zurich,
+    write_deliver,
+    write_fmb,
+    write_gta5,
+    write_mapillary,
+    write_png,
+    write_synthia,
+)
 
 
 @pytest.fixture
@@ -28,8 +39,8 @@ def report(capsys, *words) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_four_data_sets_are_known_by_name():
-    assert set(data_sets()) >= {"cityscapes", "deliver", "fmb", "dsec"}
+def test_the_data_sets_are_known_by_name():
+    assert set(data_sets()) >= {"cityscapes", "deliver", "fmb", "dsec", *NEW}
 
 
 def test_a_complete_data_set_has_no_faults_and_its_sizes_and_ids_are_told(fmb, capsys):
@@ -101,3 +112,41 @@ def test_incomplete_sets_are_told_by_folder_and_an_empty_one_too(tmp_path, capsy
 def test_a_wrong_name_or_root_is_said(word, message):
     with pytest.raises(ValueError, match=message):
         main([word])
+
+
+NEW = {
+    "gta5": write_gta5,
+    "synthia": write_synthia,
+    "bdd100k": write_bdd100k,
+    "mapillary": write_mapillary,
+    "acdc": write_acdc,
+    "dark_zurich": write_dark_zurich,
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_only_the_numbers_of_images_are_wrong_in_small_copies(tmp_path, capsys, name):
+    NEW[name](tmp_path)
+    faults = [line for line in report(capsys, f"{name}={tmp_path}") if line.startswith("  FAULT")]
+    counts = data_sets()[name].layout.counts.values()
+    assert len(faults) == sum(len(folders) for folders in counts)
+    assert all("images, published are" in fault for fault in faults)
+
+
+def test_images_without_folders_and_those_of_another_layout_are_counted_together(tmp_path, capsys):
+    write_gta5(tmp_path / "gta5")
+    write_acdc(tmp_path / "acdc", flat=True)
+    write_bdd100k(tmp_path / "bdd100k", older=True)
+    sets = [f"{name}={tmp_path / name}" for name in ("gta5", "acdc", "bdd100k")]
+    faults = [line for line in report(capsys, *sets) if line.startswith("  FAULT")]
+    assert faults == [
+        "  FAULT train, folder *: found 2 images, published are 24966.",
+        "  FAULT val, folder *: found 8 images, published are 406.",
+        "  FAULT val, folder *: found 2 images, published are 1000.",
+    ]
+
+
+def test_images_of_many_sizes_are_published_so(tmp_path, capsys):
+    write_mapillary(tmp_path)
+    lines = report(capsys, f"mapillary={tmp_path}")
+    assert "sizes 48x32 (1), 32x48 (1) (published many sizes), ids" in lines[1]
