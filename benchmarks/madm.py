@@ -13,14 +13,11 @@ compared too, but need not agree: the plain order adds those of the two images i
 """
 
 import argparse
-import json
 import statistics
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -28,38 +25,14 @@ from tqdm import tqdm
 
 from benchmarks.memory import ActivationMemory
 from benchmarks.plain_madm import plain_backward
+from benchmarks.random_models import random_model
 from benchmarks.record import provenance, report
 from benchmarks.throughput import now
 from cli import build, resolve
 from lightning_modules.madm import MADMTraining
-from models.diffusion.stable_diffusion import StableDiffusion
 from models.madm import MADM
 
 TOLERANCE = 1e-3  # of gradient_difference in float32
-SD14 = {
-    "unet": {
-        "sample_size": 64,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-        "layers_per_block": 2,
-    },
-    "vae": {
-        "sample_size": 512,
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-    },
-    "text_encoder": {"hidden_size": 768, "max_position_embeddings": 77},
-    "scheduler": {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "num_train_timesteps": 1000,
-        "beta_schedule": "scaled_linear",
-    },
-}
 # A forward pass of one image of 512x512, 2 FLOP per multiply-add of convolutions, linear layers, attention; a
 # backward pass counts twice.
 TFLOP = {"unet": 0.803, "adapter": 1.913, "encode": 1.117, "decode": 2.515}
@@ -189,22 +162,6 @@ def measure_config(config: Path, pairs: int, warmup: int) -> dict:
     return result
 
 
-def random_sd14(device: str) -> StableDiffusion:
-    """A Stable Diffusion of 1.4's sizes with random weights on a device."""
-    with tempfile.TemporaryDirectory() as folder:
-        for part, config in SD14.items():
-            name = "scheduler_config.json" if part == "scheduler" else "config.json"
-            (Path(folder) / part).mkdir()
-            (Path(folder) / part / name).write_text(json.dumps(config))
-        diffusion = StableDiffusion(folder, parts=())
-    with torch.device(device):
-        diffusion.unet = UNet2DConditionModel.from_config(SD14["unet"])
-        diffusion.vae = AutoencoderKL.from_config(SD14["vae"]).requires_grad_(False)
-        diffusion.text_cache[""] = torch.randn(77, 768)
-    diffusion.parts = ("unet", "vae_encoder", "vae_decoder")
-    return diffusion
-
-
 def roofline_seconds(module: MADMTraining) -> float:
     """Least time of an H200 for a step of one pair, at 512x512 and 1.4's sizes.
 
@@ -220,7 +177,7 @@ def roofline_seconds(module: MADMTraining) -> float:
 def measure_sd14(pairs: int, warmup: int) -> dict:
     """Random weights of Stable Diffusion 1.4's sizes on one pair of random images, in bf16 on CUDA."""
     torch.manual_seed(0)
-    module = MADMTraining(MADM(random_sd14("cuda"), 11), "deliver11")
+    module = MADMTraining(MADM(random_model("sd-1.4", "cuda"), 11), "deliver11")
     label = torch.randint(11, (1, 16, 16)).repeat_interleave(32, 1).repeat_interleave(32, 2)
     batch = {
         "source": {"image": torch.rand(1, 3, 512, 512), "label": label},

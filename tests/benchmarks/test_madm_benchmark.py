@@ -9,8 +9,9 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import madm
-from benchmarks.madm import TFLOP, main, measure, measure_config, measure_sd14, random_sd14
+from benchmarks.madm import TFLOP, main, measure, measure_config, measure_sd14
 from benchmarks.plain_madm import plain_backward
+from benchmarks.random_models import random_model
 from cli import build, resolve
 from models.madm import MADM
 from tests.tiny_model import write_tiny_model
@@ -105,7 +106,7 @@ def test_too_few_pairs_for_quartiles_are_refused(capsys):
 
 def test_the_operations_of_the_roofline_are_those_of_the_network(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know meta tensors
-    network = MADM(random_sd14("meta"), 11).to("meta")
+    network = MADM(random_model("sd-1.4", "meta"), 11).to("meta")
     image, latent = (torch.empty(1, *shape, device="meta") for shape in ((3, 512, 512), (4, 64, 64)))
     sizes = ((3, 512), (320, 64), (640, 32), (1280, 16))
     features = [torch.empty(1, width, size, size, device="meta") for width, size in sizes]
@@ -131,7 +132,7 @@ def test_the_part_for_cuda_measures_one_pair_of_large_images_in_bf16(monkeypatch
         return {"ours_s": 0.1}
 
     monkeypatch.setattr(madm, "measure", measure)
-    monkeypatch.setattr(madm, "random_sd14", lambda device: random_sd14("meta"))
+    monkeypatch.setattr(madm, "random_model", lambda version, device: random_model(version, "meta"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     result = measure_sd14(5, 2)
     assert measured["accelerator"] == "gpu" and measured["precision"] == "bf16-mixed"

@@ -7,12 +7,12 @@ from tests.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="session")
-def madm_folder(tmp_path_factory):
+def model_folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     return write_tiny_model(place, widths=(8, 16, 16, 16), vae_widths=(8, 8), heads=1)
 
 
 @pytest.fixture
-def build(madm_folder):
+def build(model_folder):
     """Build the same tiny MADMTraining at each call; options of the network as a dict."""
-    return partial(tiny_madm, madm_folder)
+    return partial(tiny_madm, model_folder)

@@ -10,20 +10,12 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.panels import Panels
 from lightning_modules.schedules import WarmupSteps
 from tests.tiny_madm import FROZEN, SIZE, Pairs, first_batch, fit, spy
-from tests.tiny_training import assert_equal, tiny_trainer
+from tests.tiny_training import StopAt, assert_equal, tiny_trainer
 
 
 def everything(path):
     checkpoint = torch.load(path, weights_only=True)
     return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "Pairs")}
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.should_stop = trainer.global_step == self.step
 
 
 RESUMED = {

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from benchmarks.madm import random_sd14
+from benchmarks.random_models import random_model
 from lightning_modules.base import parameter_groups
 from models.madm import MADM
 
 
 def build(num_classes, **options):
-    return MADM(random_sd14("meta"), num_classes, **options).to("meta")
+    return MADM(random_model("sd-1.4", "meta"), num_classes, **options).to("meta")
 
 
 def count(module):
