@@ -14,17 +14,21 @@ ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted((ROOT / "conf/mini").glob("*.yaml"))
 SHORT = "--data.batch_size 2 --data.num_workers 0 --wandb.mode disabled"
 ONE_SET = "--data.train_length 4 --data.eval_length 1"
-TWO_SETS = (
-    "--data.source.train_length 4 --data.target.train_length 4 --data.target.eval_length 1 "
-    "--data.rare_class_sampling null"
-)
+STREET = "datamodules.mini_world.datamodule.MiniStreetDataModule"
+COMPOSED = {
+    "datamodules.adaptation": "--data.source.train_length 4 --data.target.train_length 4 "
+    "--data.target.eval_length 1 --data.rare_class_sampling null",
+    "datamodules.generalization": "--data.source.train_length 4 --data.rare_class_sampling null "
+    f'--data.targets [{{"class_path":"{STREET}","init_args":{{"eval_length":1}}}}]',
+}
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_a_mini_experiment_trains_resumes_is_scored_and_predicts(config, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # the configs name assets/mini-diffusion
     run, images, masks = (str(tmp_path / name) for name in ("run", "images", "masks"))
-    sizes = TWO_SETS if "datamodules.adaptation" in config.read_text() else ONE_SET
+    text = config.read_text()
+    sizes = next((sizes for room, sizes in COMPOSED.items() if room in text), ONE_SET)
     words = ["--config", str(config), "--output", run, *f"{SHORT} {sizes}".split(), "--trainer.max_steps"]
     train([*words, "1"])
     train([*words, "2", "--resume"])
