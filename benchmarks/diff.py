@@ -4,11 +4,11 @@
 
 Both orders take turns on the same network, image and noise, so that a machine whose speed drifts slows both.
 A training step is one image whose label shows one prompted class: both branches, three losses, backward pass,
-clipping, AdamW. An evaluation is one image without a label. Before they are timed their logits must agree,
-with fresh noise in the path and without.
+clipping, AdamW. An evaluation is one image without a label.
 
-The first part runs the network of a config on the CPU, with the published path of 37 steps. The second, left
-out without CUDA, runs random weights of Stable Diffusion 2.1's sizes in bf16, on 512x512 and 1024x512 pixels,
+The first part runs the network of a config on the CPU, with the published path of 37 steps; before it is
+timed the logits of both orders must agree, with fresh noise in the path and without. The second, left out
+without CUDA, runs random weights of Stable Diffusion 2.1's sizes in bf16, on 512x512 and 1024x512 pixels,
 with PyTorch's attention and with that of xformers where it is installed.
 """
 

@@ -19,7 +19,7 @@ class GeneralizationDataModule(SegmentationDataModule):
         eval_batch_size, num_workers, seed: see SegmentationDataModule.
 
     Raises:
-        ValueError: there is no target; class tables differ; two evaluation sets have one name.
+        ValueError: there is no target, or class tables differ; when sets are asked for, two have one name.
     """
 
     def __init__(

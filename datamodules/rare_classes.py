@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,7 +127,7 @@ class RareClassSampling:
         statistics: file of class counts, see read_counts; None counts the labels whenever training starts.
         temperature: T of P(c) = softmax((1 - f_c) / T), f_c being the class's share of all labelled pixels.
         min_pixels: a drawn image has more pixels than this of the class, at full size. For 2048x1024; smaller
-            images need less.
+            images need less. A class of which no image has as many is not drawn, with a warning.
         min_crop_pixels: a crop with no more pixels than this is drawn again, ten times at most.
         skip_ignored_classes: leave out classes that the class table ignores; MADM's code draws them too.
     """
@@ -168,7 +169,7 @@ class RareClassSamples(TrainingSamples):
         pixels: counts of its labels, [N, 255].
 
     Raises:
-        ValueError: no image has enough pixels of a class; or, when a sample is drawn, its label has not the
+        ValueError: no image has enough pixels of any class; or, when a sample is drawn, its label has not the
             counted number of pixels.
     """
 
@@ -186,18 +187,21 @@ class RareClassSamples(TrainingSamples):
         self.label_map, self.min_crop_pixels = dataset.label_map, options.min_crop_pixels
         classes = np.flatnonzero(pixels.any(0))
         probabilities = class_probabilities(pixels.sum(0)[classes], options.temperature)
-        kept = (self.label_map[classes] != IGNORE_INDEX) | (not options.skip_ignored_classes)
+        wanted = (self.label_map[classes] != IGNORE_INDEX) | (not options.skip_ignored_classes)
+        most = pixels[:, classes].max(0)
+        kept = wanted & (most > options.min_pixels)
+        if len(rare := classes[wanted & ~kept]):
+            found = (
+                f"no image with more than {options.min_pixels} pixels of the classes {rare.tolist()}. Set "
+                f"data.init_args.rare_class_sampling.min_pixels below {most[wanted].min()} to draw all"
+            )
+            if not kept.any():
+                raise ValueError(f"Rare class sampling has nothing to draw: found {found}.")
+            warnings.warn(f"Rare class sampling leaves classes out: found {found}.", stacklevel=2)
         self.classes = classes[kept].tolist()
         self.probabilities = probabilities[kept] / probabilities[kept].sum()
         self.pixels = pixels[:, self.classes]
         self.images = [np.flatnonzero(column > options.min_pixels) for column in self.pixels.T]
-        most = self.pixels.max(0).min()
-        if most <= options.min_pixels:
-            rare = [c for c, images in zip(self.classes, self.images, strict=True) if not len(images)]
-            raise ValueError(
-                f"Rare class sampling finds no image with more than {options.min_pixels} pixels of the "
-                f"classes {rare}: set data.init_args.rare_class_sampling.min_pixels below {most}."
-            )
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         seed = sample_seed(self.seed, item[1])

@@ -1,4 +1,4 @@
-"""The losses of MADM (arXiv 2410.21708); their divisors count ignored pixels and masked cells too."""
+"""Losses of MADM (arXiv 2410.21708) and DIFF: their divisors count ignored pixels and masked cells too."""
 
 import torch.nn.functional as F
 from torch import Tensor

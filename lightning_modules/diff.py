@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from functional.losses import weighted_cross_entropy
-from lightning_modules.base import SegmentationModule
+from lightning_modules.base import SegmentationModule, check_channels
 
 
 class DIFFTraining(SegmentationModule):
@@ -22,6 +22,9 @@ class DIFFTraining(SegmentationModule):
         consistency: weight of the distance.
         classes, lr, weight_decay, schedule, lr_multipliers, decay_norm_and_bias, class_subsets: see
             SegmentationModule.
+
+    Raises:
+        ValueError: the backbone's prompts are for another class table.
     """
 
     def __init__(
@@ -37,6 +40,11 @@ class DIFFTraining(SegmentationModule):
         decay_norm_and_bias: bool = True,
         class_subsets: Sequence[str] = (),
     ):
+        if network.backbone.classes != classes:
+            raise ValueError(
+                f"The prompts are for another class table: found {network.backbone.classes!r}, the model's "
+                f"is {classes!r}. Set classes of model.init_args.network.init_args.backbone to the same."
+            )
         super().__init__(
             network, classes, lr, weight_decay, schedule, lr_multipliers, decay_norm_and_bias, class_subsets
         )
@@ -49,8 +57,9 @@ class DIFFTraining(SegmentationModule):
             self.log("train/loss", loss.detach(), prog_bar=True)
             return loss
         conditional, unconditional = self.network.branches(image, label)
+        check_channels(self.network, (), unconditional, num_classes=len(self.classes))
         loss_conditional, loss_unconditional = (
-            weighted_cross_entropy(self.network.enlarge(logits, image), label)
+            weighted_cross_entropy(self.network.backbone.diffusion.unpad(logits, image), label)
             for logits in (conditional, unconditional)
         )
         distance = mse_loss(conditional.float(), unconditional.float())

@@ -86,6 +86,9 @@ class DIFFBackbone(nn.Module):
 
     Attributes:
         out_channels: of the pyramid, fine to coarse.
+
+    Raises:
+        ValueError: an option is unknown; a prompted class is not in the table; a width does not fit.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class DIFFBackbone(nn.Module):
         check_choices("ca_reduce", [ca_reduce], ("sum", "mean"))
         check_choices("aggregation", [aggregation], AGGREGATIONS)
         self.path = steps if isinstance(steps, InversionPath) else find_path(steps)
+        self.classes = classes
         self.guidance, self.eta, self.prediction = guidance, eta, prediction
         self.ca_reduce, self.share_noise, self.eval_seed = ca_reduce, share_noise, eval_seed
         prompts = CITYSCAPES_PROMPTS if prompts is None else prompts
@@ -127,7 +131,7 @@ class DIFFBackbone(nn.Module):
         self.diffusion = diffusion
         self.taps = {block: block_taps(diffusion.unet, block) for block in BLOCKS}
         self.places = {tap: (block, layer) for block in BLOCKS for layer, tap in enumerate(self.taps[block])}
-        check_channels(channels)
+        check_widths(channels)
         *fused, _ = channels
         self.aggregations = nn.ModuleList(
             AGGREGATIONS[aggregation](
@@ -153,7 +157,12 @@ class DIFFBackbone(nn.Module):
 
         Returns:
             Levels [B, C, h, w], fine to coarse, float32; the finest has half the latent's stride (SD: 4).
+
+        Raises:
+            ValueError: sizes are no multiples of the stride, or there are not as many names as images.
         """
+        if names is not None and len(names) != len(image):
+            raise ValueError(f"Each image needs a name: found {len(names)} names for {len(image)} images.")
         draw = self.draw_freely(image)
         if not self.training and self.eval_seed is not None:
             draw = self.draw_by_name(image, names or [""] * len(image))
@@ -177,6 +186,12 @@ class DIFFBackbone(nn.Module):
 
     def fuse(self, image: Tensor, views: Views, draw: Draw) -> list[Tensor]:
         """Pyramid of all views."""
+        stride = self.diffusion.stride
+        if any(side % stride for side in image.shape[-2:]):
+            raise ValueError(
+                f"The backbone takes images whose sides are multiples of {stride}: found "
+                f"{list(image.shape[-2:])}. Pad them by diffusion.pad, and cut the result by diffusion.unpad."
+            )
         if torch.is_grad_enabled():
             features = FeatureBuffer(self.taps, len(self.path.saved))
             self.extract(image, views, draw, features.keep)
@@ -365,7 +380,7 @@ class DIFF(nn.Module):
     def forward(self, image: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Logits of the unconditional branch; names of the images seed their noise, see DIFFBackbone."""
         padded = self.backbone.diffusion.pad(image)
-        return self.enlarge(self.head(self.backbone(padded, names)), image)
+        return self.backbone.diffusion.unpad(self.head(self.backbone(padded, names)), image)
 
     def branches(self, image: Tensor, label: Tensor, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """Logits [B, C, h, w] of the conditional and of the unconditional branch, in the size of the head.
@@ -380,16 +395,8 @@ class DIFF(nn.Module):
         # One after the other: each has batch statistics and dropout of its own.
         return self.head(conditional), self.head(unconditional)
 
-    def enlarge(self, logits: Tensor, image: Tensor) -> Tensor:
-        """Logits of a padded image, bilinear to its size, cut back to that of the image."""
-        height, width = image.shape[-2:]
-        stride = self.backbone.diffusion.stride
-        size = (height + -height % stride, width + -width % stride)
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
 
-
-def check_channels(channels: Sequence[int]) -> None:
+def check_widths(channels: Sequence[int]) -> None:
     """Raise a ValueError for widths of the pyramid that its normalisations cannot divide."""
     multiples = (64, 64, 64, 32)
     if len(channels) != 4 or any(w < by or w % by for w, by in zip(channels, multiples, strict=True)):

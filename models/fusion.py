@@ -52,7 +52,8 @@ class Bottleneck(nn.Module):
         """Add the part of channels first, first + 1, ... [B, C, h, w] to the sums of both convolutions."""
         channels = slice(first, first + feature.shape[1])
         layers = (self.shortcut, self.reduce)
-        parts = [nn.functional.conv2d(feature, layer.weight[:, channels]) for layer in layers]
+        # Many parts are added up, so not in half precision under autocast.
+        parts = [nn.functional.conv2d(feature, layer.weight[:, channels]).float() for layer in layers]
         return parts if sums is None else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
 
     def finish(self, sums: list[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functional.noise import fixed_noise
@@ -78,8 +77,5 @@ class DiffusionSegmenter(nn.Module):
 
         Right and bottom are padded with the edge pixels to the model's stride, and cut off again.
         """
-        height, width = image.shape[-2:]
-        padded = self.diffusion.pad(image)
-        logits = self.head(self.features(padded))
-        logits = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        logits = self.head(self.features(self.diffusion.pad(image)))
+        return self.diffusion.unpad(logits, image)

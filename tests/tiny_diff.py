@@ -12,11 +12,11 @@ PROMPTS = {"car": "a red car", "person": "a photo of a person"}  # ids 8 and 3 o
 CHANNELS = (128, 64, 64, 32)
 
 
-def tiny_backbone(folder, **options) -> DIFFBackbone:
+def tiny_backbone(folder, dtype: str = "float32", **options) -> DIFFBackbone:
     """The same backbone at each call; options over those of five steps."""
     torch.manual_seed(0)
     options = {"steps": 5, "prompts": PROMPTS, "channels": CHANNELS, **options}
-    return DIFFBackbone(StableDiffusion(str(folder)), "deliver11", **options)
+    return DIFFBackbone(StableDiffusion(str(folder), dtype=dtype), "deliver11", **options)
 
 
 def tiny_diff(folder, dropout: float = 0.0, num_classes: int = 11, **options) -> DIFF:

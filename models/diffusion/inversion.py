@@ -58,6 +58,21 @@ class InversionPath:
     targets: tuple[int, ...]
     saved: tuple[int, ...]
 
+    def __post_init__(self):
+        steps = (0, *self.targets)
+        ascending = all(a < b for a, b in pairwise(steps))
+        places = set(self.saved)
+        if (
+            not ascending
+            or len(places) < len(self.saved)
+            or not places
+            or not places <= set(range(len(steps) - 1))
+        ):
+            raise ValueError(
+                f"A path needs ascending targets above 0, and saved steps that are different positions among "
+                f"them: found targets {list(self.targets)}, saved {list(self.saved)}."
+            )
+
     @property
     def sources(self) -> tuple[int, ...]:
         return (0, *self.targets[:-1])

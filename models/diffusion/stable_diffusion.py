@@ -187,6 +187,13 @@ class StableDiffusion(nn.Module):
         height, width = image.shape[-2:]
         return F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
 
+    def unpad(self, logits: Tensor, image: Tensor) -> Tensor:
+        """Logits [B, C, h, w] of a padded image, bilinear to its size, cut to that of the image itself."""
+        height, width = image.shape[-2:]
+        size = (height + -height % self.stride, width + -width % self.stride)
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Image [B, 3, H, W], float32, of a scaled latent, in [0, 1] but not clipped to it."""

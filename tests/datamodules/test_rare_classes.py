@@ -94,8 +94,13 @@ def test_an_image_needs_more_than_min_pixels_of_the_class():
     pixels = count_pixels(LabelFiles())
     most, second = sorted(pixels[:, 1])[::-1][:2]
     options = RareClassSampling(min_pixels=int(second), min_crop_pixels=0)
-    with pytest.raises(ValueError, match=rf"than {second} pixels of the classes .*5\]: .*below 16\."):
-        RareClassSamples(LabelFiles(), None, 0, options, pixels)
+    with pytest.warns(match=rf"leaves classes out: .* than {second} pixels .*5\]\. Set .* below 16 to draw"):
+        samples = RareClassSamples(LabelFiles(), None, 0, options, pixels)
+    assert (
+        1 in samples.classes and 5 not in samples.classes and samples.probabilities.sum() == pytest.approx(1)
+    )
+    with pytest.raises(ValueError, match=r"nothing to draw: .*below 16"):
+        RareClassSamples(LabelFiles(), None, 0, RareClassSampling(min_pixels=SIZE * SIZE), pixels)
     only_one = pixels * (np.arange(255) == 1)
     samples = RareClassSamples(LabelFiles(), None, 0, options, only_one)
     richest = {f"source-{i}" for i in np.flatnonzero(pixels[:, 1] > second)}

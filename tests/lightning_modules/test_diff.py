@@ -127,6 +127,15 @@ def test_without_the_conditional_branch_one_cross_entropy_is_left(model_folder, 
     torch.testing.assert_close(loss, weighted_cross_entropy(module.network(images(1)), labels(8)))
 
 
+def test_another_number_of_classes_and_another_table_are_errors(model_folder, monkeypatch):
+    monkeypatch.setattr(DIFFTraining, "log", lambda *_, **__: None)
+    module = DIFFTraining(tiny_diff(model_folder, num_classes=15), "deliver11")
+    with pytest.raises(ValueError, match="found logits of 15 classes"):
+        module.training_step(batch(8), 0)
+    with pytest.raises(ValueError, match="found 'deliver11', the model's is 'fmb9'"):
+        DIFFTraining(tiny_diff(model_folder, num_classes=9), "fmb9")
+
+
 def test_the_head_learns_ten_times_as_fast_and_everything_decays(model_folder):
     groups = parameter_groups(build(model_folder), 6e-5, 0.01, {"head": 10}, decay_norm_and_bias=True)
     rates = {round(group["lr"], 9): group for group in groups}

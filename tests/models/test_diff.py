@@ -7,10 +7,9 @@ import torch
 
 from benchmarks.plain_diff import plain_branches
 from benchmarks.random_models import random_model
-from models.diff import BLOCKS, CITYSCAPES_PROMPTS, DIFF, DIFFBackbone, FeatureBuffer
+from models.diff import CITYSCAPES_PROMPTS, DIFF, DIFFBackbone, FeatureBuffer
 from models.diffusion.inversion import PATHS, InversionPath
-from models.diffusion.stable_diffusion import StableDiffusion
-from tests.tiny_diff import CHANNELS, PROMPTS, images, labels, noise_of, tiny_backbone, tiny_diff
+from tests.tiny_diff import images, labels, noise_of, tiny_backbone, tiny_diff
 from tests.tiny_model import write_tiny_model
 
 CAR, PERSON, SKY = 8, 3, 0
@@ -46,6 +45,8 @@ def backbone(model_folder):
         {"steps": SHORT, "prompt": "a photo of a road", "guidance": 3.0},
         {"steps": SHORT, "ca_reduce": "mean", "prediction": "scheduler"},
         {"steps": SHORT, "aggregation": "softmax", "eta": 0.0},
+        {"steps": SHORT, "prompt": "a road", "negative_prompt": "a road"},
+        {"steps": SHORT, "negative_prompt": "a photo of a road", "guidance": 2.0},
     ],
     ids=str,
 )
@@ -59,6 +60,48 @@ def test_both_branches_equal_the_plain_order_of_the_released_code(model_folder, 
         strict=True,
     ):
         torch.testing.assert_close(found, plain, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"ca_reduce": "mean"}, {"prompt": "a photo of a road"}], ids=str)
+def test_images_of_different_classes_in_a_batch_equal_the_plain_order_one_by_one(model_folder, options):
+    network = tiny_diff(model_folder, steps=SHORT, **options).eval()
+    label, image, draw = labels(CAR, SKY, PERSON), images(3), noise_of(1)
+    found = network.branches(image, label, draw)
+    rows = {0: [0, 3, 6], 1: [1, 4], 2: [2, 5, 7]}  # of each image: unconditional, conditional, its class
+    for i, own in rows.items():
+        one = slice(i, i + 1)
+        plain = plain_branches(
+            network, image[one], label[one], lambda step, count, own=own: draw(step, 8)[own[:count]]
+        )
+        for ours, theirs in zip(found, plain, strict=True):
+            torch.testing.assert_close(ours[one], theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_half_precision_equals_the_plain_order_in_it(model_folder, device):
+    network = tiny_diff(model_folder, steps=SHORT, dtype="float16").to(device)
+    image, label = images(1).to(device), labels(CAR).to(device)
+
+    def draw(step, count):
+        return noise_of(1)(step, count).to(device)
+
+    found, plain = network.branches(image, label, draw), plain_branches(network, image, label, draw)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=1e-2)
+
+
+def test_both_branches_take_one_call_of_the_autoencoder_and_one_of_the_unet_a_step(backbone):
+    module, rows, encoded, recorded = backbone(steps=37), [], [], []
+    unet, tapped = module.diffusion.unet, module.diffusion.unet.up_blocks[3].resnets[0].conv2
+    unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    unet.conv_in.register_forward_pre_hook(lambda *_: recorded.append(bool(tapped._forward_hooks)))
+    module.diffusion.vae.encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    with torch.no_grad():
+        module.branches(images(1), labels(CAR))
+    assert rows == [3] * 34 and encoded == [1]  # the image, its copy, and that with the class's prompt
+    assert [step for step, hooked in enumerate(recorded) if hooked] == sorted(PATHS[37].saved)
+    assert module.diffusion.text_encoder is None
 
 
 def test_the_path_of_37_steps_equals_the_plain_order_with_a_velocity_model(tmp_path_factory):
@@ -158,39 +201,35 @@ def test_equal_prompts_make_the_guidance_an_identity_and_different_ones_do_not(b
 
 
 def test_a_prompt_moves_the_latent_inside_its_mask_only_and_there_by_the_mean(backbone, monkeypatch):
-    module = backbone(steps=InversionPath(targets=(40, 80), saved=(1,)), eta=0.0)
-    output = {0: 0.3, 1: -0.5, 2: 0.8}  # noise of the negative prompt, of the car's, of the person's
+    module = backbone(
+        steps=InversionPath(targets=(40, 80), saved=(1,)), eta=0.0, prompts={"car": "a red car"}
+    )
+    output, seen = (0.3, -0.5), []  # noise of the negative prompt and of the car's
 
     def call(step, latent, context, stop):
-        texts = [int((module.contexts == text).flatten(1).all(1).nonzero()[0]) for text in context]
         seen.append(latent)
-        return torch.tensor([output[text] for text in texts]).view(-1, 1, 1, 1).expand_as(latent), {}
+        noise = [output[int(torch.equal(text, module.contexts[1]))] for text in context]
+        return torch.tensor(noise).view(-1, 1, 1, 1).expand_as(latent), {}
 
     monkeypatch.setattr(module, "call", call)
-    names = [name for name, _ in sorted(PROMPTS.items(), key=lambda item: {"car": 8, "person": 3}[item[0]])]
-    row = 1 + names.index("car")
-    seen = []
     label = labels(CAR)
     label[0, :, :4] = 255  # the first column of cells is ignored
     features(module, images(1), label)
-    start, (plain, steered) = seen[0][0], (seen[1][0], seen[1][1])
     alpha_t, alpha_s = module.diffusion.alpha_bars[[0, 40]]
 
-    def moved(noise):
-        clean = (start.double() - (1 - alpha_t).sqrt() * noise) / alpha_t.sqrt()
+    def moved(latent, noise):
+        clean = (latent.double() - (1 - alpha_t).sqrt() * noise) / alpha_t.sqrt()
         return (alpha_s.sqrt() * clean + (1 - alpha_s).sqrt() * noise).float()
 
-    start_conditional = seen[0][1]
-    assert not torch.equal(start, start_conditional)  # samples of their own
-    neutral = moved(output[0])
-    torch.testing.assert_close(plain, neutral)
-    start = start_conditional
-    neutral, guided = moved(output[0]), moved(output[0] + 5.0 * (output[row] - output[0]))
+    plain, steered, copy = seen[0]
+    assert torch.equal(steered, copy) and not torch.equal(plain, steered)  # samples of their own
+    torch.testing.assert_close(seen[1][0], moved(plain, output[0]))
+    neutral, guided = (
+        moved(steered, noise) for noise in (output[0], output[0] + 5.0 * (output[1] - output[0]))
+    )
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[:, 1:4] = True
-    inside[0] = inside[0]
-    wanted = torch.where(inside, (neutral + guided) / 2, neutral)
-    torch.testing.assert_close(steered, wanted)
+    torch.testing.assert_close(seen[1][1], torch.where(inside, (neutral + guided) / 2, neutral))
 
 
 def test_masks_take_the_first_pixel_of_each_cell_and_ignored_pixels_none(backbone):
@@ -326,7 +365,7 @@ def test_shared_noise_is_the_same_in_both_branches(model_folder):
 # --- sizes and errors
 
 
-@pytest.mark.parametrize("size", [(54, 96), (33, 70), (1, 1)])
+@pytest.mark.parametrize("size", [(33, 70), (1, 1), pytest.param((540, 960), marks=pytest.mark.slow)])
 def test_logits_have_the_size_of_the_image_whatever_it_is(model_folder, size):
     network = tiny_diff(model_folder, steps=1).eval()
     with torch.no_grad():
@@ -338,7 +377,7 @@ def test_a_crop_off_the_stride_trains_with_its_padding_ignored(model_folder):
     image, label = images(1, (40, 50)), labels(CAR, size=(40, 50))
     conditional, unconditional = network.branches(image, label)
     assert conditional.shape == unconditional.shape == (1, 11, 32, 32)
-    assert network.enlarge(conditional, image).shape == (1, 11, 40, 50)
+    assert network.backbone.diffusion.unpad(conditional, image).shape == (1, 11, 40, 50)
 
 
 @pytest.fixture(scope="module")
@@ -390,8 +429,9 @@ def test_features_on_stable_diffusion_21_have_the_published_shapes(full_size, mo
     assert logits.shape == (1, 19, height // 4, width // 4)
 
 
-def test_gradients_reach_the_fusion_and_the_head_alone(model_folder):
-    network = tiny_diff(model_folder, steps=SHORT)
+@pytest.mark.parametrize("aggregation", ["concatenation", "softmax"])
+def test_gradients_reach_the_fusion_and_the_head_alone(model_folder, aggregation):
+    network = tiny_diff(model_folder, steps=SHORT, aggregation=aggregation)
     torch.stack(
         [logits.square().mean() for logits in network.branches(images(1), labels(CAR))]
     ).sum().backward()
@@ -413,15 +453,19 @@ def test_gradients_reach_the_fusion_and_the_head_alone(model_folder):
         ({"aggregation": "mean"}, "softmax"),
         ({"channels": (100, 64, 64, 32)}, "multiples of 64"),
         ({"channels": (128, 64, 64)}, "four"),
+        ({"steps": {"targets": (20, 10), "saved": (0,)}}, "ascending targets"),
+        ({"steps": {"targets": (10, 20), "saved": (0, 2)}}, r"saved \[0, 2\]"),
+        ({"steps": {"targets": (10, 20), "saved": (1, 1)}}, "different positions"),
     ],
 )
 def test_wrong_options_are_errors_that_name_the_right_ones(backbone, options, message):
     with pytest.raises(ValueError, match=message):
-        backbone(**options)
+        steps = options.get("steps", 5)
+        backbone(**options | {"steps": InversionPath(**steps) if isinstance(steps, dict) else steps})
 
 
-def test_a_pyramid_in_ten_lines_for_another_head(model_folder):
-    backbone = DIFFBackbone(StableDiffusion(str(model_folder)), "deliver11", 1, PROMPTS, channels=CHANNELS)
-    levels = backbone(images(1, (64, 64)))
-    shapes = [(width, 32 // 2**level, 32 // 2**level) for level, width in enumerate(backbone.out_channels)]
-    assert [tuple(level.shape[1:]) for level in levels] == shapes and len(BLOCKS) == 3
+def test_the_backbone_names_the_stride_that_sizes_must_have_and_wants_a_name_per_image(backbone):
+    with pytest.raises(ValueError, match=r"multiples of 32: found \[40, 32\]"):
+        backbone()(images(1, (40, 32)))
+    with pytest.raises(ValueError, match="found 1 names for 2 images"):
+        backbone()(images(), ["a"])

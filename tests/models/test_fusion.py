@@ -45,7 +45,8 @@ def test_each_layer_and_step_reaches_the_fused_map(kind):
 
 
 def test_the_weights_of_the_softmax_sum_to_one_and_are_uniform_at_first():
-    assert torch.allclose(SoftmaxAggregation(6, 9, 1, 64).weights, torch.full((9, 6), 1 / 54))
+    for layers in (6, 3):  # of the blocks with and without transformers
+        assert torch.allclose(SoftmaxAggregation(layers, 9, 1, 64).weights, torch.tensor(1 / (9 * layers)))
     module = build(SoftmaxAggregation)
     with torch.no_grad():
         module.mixing[1, 2] = 3.0
@@ -85,6 +86,8 @@ def test_the_fusion_has_the_published_sizes():
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert [count(module) for module in fused] == [180_365_312, 45_093_888, 11_274_752]
     assert count(finecoder) == 68_832_512
+    with torch.device("meta"):
+        assert count(Concatenation(3, 9, 1280, 2048)) == 91_891_712  # that of the deepest block, not built
     shapes = [(256, 128, 128), (512, 64, 64), (1024, 32, 32), (2048, 16, 16)]
     assert [tuple(level.shape[1:]) for level in levels] == shapes
 
