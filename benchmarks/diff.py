@@ -40,7 +40,7 @@ TOLERANCE = 1e-3  # of the difference of logits, over their largest value, in fl
 TFLOP = {"train": (0.804, 1.117, 0.561), "eval": (1.850, 2.302, 1.123)}
 H200_TFLOP_PER_S = 790  # attained bf16 peak
 SIZES = {"train": 512, "eval": 1024}  # widths of the images; they are 512 high
-CLIP = 5.0
+STEPS, CLIP = 37, 5.0  # of the path; norm of the gradients
 
 
 def losses(network: DIFF, branches: tuple[Tensor, Tensor], label: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def measure(turns: Turns, evaluated: Turns, pairs: int) -> dict:
 
 
 def measure_config(config: Path, pairs: int) -> dict:
-    """The network of a config with the path of 37 steps on the CPU, on a training image of its data.
+    """The network of a config with the published path on the CPU: a training crop and an image to be scored.
 
     Raises:
         RuntimeError: the logits of the two orders are not the same.
@@ -152,19 +152,21 @@ def measure_config(config: Path, pairs: int) -> dict:
     experiment = resolve([config])
     network = experiment["model"]["init_args"]["network"]["init_args"]
     network["dropout"] = 0.0
-    network["backbone"]["init_args"]["steps"] = 37
+    network["backbone"]["init_args"]["steps"] = STEPS
     experiment["data"]["init_args"] |= {"batch_size": 1, "num_workers": 0, "rare_class_sampling": None}
     torch.manual_seed(0)
     module, datamodule = build(experiment)
-    image = next(iter(datamodule.train_dataloader()))["image"]
-    turns = Turns(module.network, image, one_class(module.network, image))
-    differences = turns.differences()
+    batches = next(iter(datamodule.train_dataloader())), next(iter(datamodule.test_dataloader()[0]))
+    images = [batch["image"][:1] for batch in batches]
+    turns = [Turns(module.network, image, one_class(module.network, image)) for image in images]
+    differences = turns[0].differences()
     if not max(differences.values()) <= TOLERANCE:
         raise RuntimeError(
             f"The two orders do not give the same logits: found differences {differences}, allowed is "
             f"{TOLERANCE:.0e}. Their times say nothing."
         )
-    return {"image": list(image.shape), "logit_differences": differences, **measure(turns, turns, pairs)}
+    shapes = dict(zip(("crop", "scored"), (list(image.shape) for image in images), strict=True))
+    return {**shapes, "logit_differences": differences, **measure(*turns, pairs)}
 
 
 def one_class(network: DIFF, image: Tensor) -> Tensor:

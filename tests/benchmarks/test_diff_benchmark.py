@@ -28,13 +28,16 @@ def config(tmp_path_factory):
     source = experiment["data"]["init_args"]["source"]["init_args"]
     source["train_length"] = 1
     source["transform"]["init_args"]["crop_size"] = [32, 32]
+    experiment["data"]["init_args"]["targets"][0]["init_args"] |= {"size": 64, "eval_length": 1}
     return write_config(folder / "tiny.yaml", experiment)
 
 
-def test_both_orders_are_timed_and_their_logits_agree(config, tmp_path):
+def test_both_orders_are_timed_and_their_logits_agree(config, tmp_path, monkeypatch):
+    assert diff.STEPS == 37
+    monkeypatch.setattr(diff, "STEPS", 5)
     main(["--config", str(config), "--pairs", "2", "--output", str(tmp_path / "result.json")])
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["cpu"]["image"] == [1, 3, 32, 32]
+    assert found["cpu"]["crop"] == [1, 3, 32, 32] and found["cpu"]["scored"] == [1, 3, 64, 64]
     assert set(found["cpu"]["logit_differences"]) == {"fixed noise", "eta 0"}
     assert max(found["cpu"]["logit_differences"].values()) < 1e-3
     for part in ("training", "evaluation"):
@@ -47,6 +50,7 @@ def test_both_orders_are_timed_and_their_logits_agree(config, tmp_path):
 
 def test_orders_that_do_not_agree_are_not_timed(config, monkeypatch):
     plain = diff.plain_branches
+    monkeypatch.setattr(diff, "STEPS", 1)
     monkeypatch.setattr(diff, "plain_branches", lambda *args: [2 * logits for logits in plain(*args)])
     with pytest.raises(RuntimeError, match="do not give the same logits"):
         measure_config(config, 2)
