@@ -98,36 +98,20 @@ def follow(
     timesteps: Sequence[int],
     alpha_bars: Tensor,
     predict_noise: Callable[[Tensor, int], Tensor],
-    eta: Callable[[int], float] = lambda timestep: 0.0,
-    draw_noise: Callable[[int], Tensor] | None = None,
 ) -> list[Tensor]:
-    """Move a latent along a list of timesteps: ascending ones invert an image, descending ones denoise.
+    """Move a latent along timesteps without fresh noise: ascending ones invert, descending ones denoise.
 
     Args:
         latent: at timesteps[0], [B, C, h, w].
         alpha_bars: of the whole schedule, [steps], on the CPU.
         predict_noise: (latent, timestep) -> noise in it.
-        eta: timestep -> share of fresh noise, e.g. window_eta; only for ascending timesteps.
-        draw_noise: step index -> fresh noise of the latent's shape; needed where eta is not 0.
 
     Returns:
         The latents at timesteps[1], timesteps[2], ...
-
-    Raises:
-        ValueError: eta is not 0 in a step that descends, or no draw_noise is given for it.
     """
     latents = []
-    for i, (t, s) in enumerate(pairwise(timesteps)):
+    for t, s in pairwise(timesteps):
         # Scalars on the CPU keep their float64 and cost no synchronisation.
-        alpha_t, alpha_s = alpha_bars[t], alpha_bars[s]
-        noise = predict_noise(latent, t)
-        if eta(t) and (s <= t or draw_noise is None):
-            raise ValueError(
-                f"Step {t} -> {s} has eta {eta(t)}: it must ascend and needs draw_noise, or eta 0."
-            )
-        if eta(t):
-            latent = stochastic_step(latent, noise, alpha_t, alpha_s, eta(t), draw_noise(i))
-        else:
-            latent = ddim_step(latent, noise, alpha_t, alpha_s)
+        latent = ddim_step(latent, predict_noise(latent, t), alpha_bars[t], alpha_bars[s])
         latents.append(latent)
     return latents
