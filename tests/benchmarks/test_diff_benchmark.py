@@ -28,7 +28,7 @@ def config(tmp_path_factory):
     source = experiment["data"]["init_args"]["source"]["init_args"]
     source["train_length"] = 1
     source["transform"]["init_args"]["crop_size"] = [32, 32]
-    experiment["data"]["init_args"]["targets"][0]["init_args"] |= {"size": 64, "eval_length": 1}
+    experiment["data"]["init_args"]["targets"][0]["init_args"] |= {"size": 64, "eval_length": 4}
     return write_config(folder / "tiny.yaml", experiment)
 
 
@@ -37,13 +37,12 @@ def test_both_orders_are_timed_and_their_logits_agree(config, tmp_path, monkeypa
     monkeypatch.setattr(diff, "STEPS", 5)
     main(["--config", str(config), "--pairs", "2", "--output", str(tmp_path / "result.json")])
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["cpu"]["crop"] == [1, 3, 32, 32] and found["cpu"]["scored"] == [1, 3, 64, 64]
+    assert found["cpu"]["crop"] == [1, 3, 32, 32] and found["cpu"]["scored"] == [3, 64, 64]
     assert set(found["cpu"]["logit_differences"]) == {"fixed noise", "eta 0"}
     assert max(found["cpu"]["logit_differences"].values()) < 1e-3
-    for part in ("training", "evaluation"):
-        assert (
-            found["cpu"][part]["times_faster"] > 0 and len(found["cpu"][part]["times_faster_quartiles"]) == 2
-        )
+    for part in ("training", "evaluation", "evaluation of four"):
+        timed = found["cpu"][part]
+        assert timed["times_faster"] > 0 and len(timed["times_faster_quartiles"]) == 2
     if not torch.cuda.is_available():
         assert found["cuda, Stable Diffusion 2.1"].startswith("left out")
 
