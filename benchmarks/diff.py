@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate, mse_loss
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from benchmarks.madm import H200_TFLOP_PER_S
 from benchmarks.plain_diff import plain_branches, plain_features, plain_logits
 from benchmarks.random_models import random_model
 from benchmarks.record import provenance, report
@@ -39,7 +40,6 @@ TOLERANCE = 1e-3  # of the difference of logits, over their largest value, in fl
 # Of one image, 2 FLOP per multiply-add: the U-Net's pass, the VAE's encoder, and all that is trained; at
 # 512x512 and at 1024x512 pixels. A backward pass counts twice.
 TFLOP = {"train": (0.804, 1.117, 0.561), "eval": (1.850, 2.302, 1.123)}
-H200_TFLOP_PER_S = 790  # attained bf16 peak
 SIZES = {"train": 512, "eval": 1024}  # widths of the images; they are 512 high
 STEPS, CLIP = 37, 5.0  # of the path; norm of the gradients
 

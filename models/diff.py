@@ -252,7 +252,7 @@ class DIFFBackbone(nn.Module):
         """Move the views along the path and hand each feature of a saved step to `keep`."""
         count, last = len(views.image), max(self.path.saved)
         steered = torch.tensor([view for view, _ in views.steered], dtype=torch.long, device=image.device)
-        rows = torch.tensor([*range(count), *(view for view, _ in views.steered)], device=image.device)
+        rows = torch.cat([torch.arange(count, device=image.device), steered])
         numbers = [guide for guide in range(self.guides) for _ in range(count)]
         numbers += [self.guides + c for _, c in views.steered]
         context = self.contexts[numbers]
