@@ -1,5 +1,6 @@
 """Every class table of the project (ids are positions), with names and display colours, written once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 IGNORE_INDEX = 255
@@ -7,11 +8,17 @@ IGNORE_INDEX = 255
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Names and RGB colours (0..255) of the classes; the id of a class is its position."""
+    """Names and RGB colours (0..255) of the classes; the id of a class is its position.
+
+    Args:
+        prompts: by id, the word or words by which a text-to-image model is asked for a class; empty where
+            these are the names.
+    """
 
     name: str
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self):
         if len(self.names) != len(self.colors) or len(set(self.names)) != len(self.names):
@@ -19,6 +26,22 @@ class ClassTable:
                 f"Class table {self.name!r} needs one colour per name and no name twice: found "
                 f"{len(self.names)} names ({len(set(self.names))} different) and {len(self.colors)} colours."
             )
+        if self.prompts and not len(self.prompts) == len(set(self.prompts)) == len(self.names):
+            raise ValueError(
+                f"Class table {self.name!r} needs one prompt per name and no prompt twice: found "
+                f"{len(self.prompts)} prompts ({len(set(self.prompts))} different) for {len(self.names)} "
+                "names. Leave prompts out to ask by the names."
+            )
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """By id, how a class is called in a prompt."""
+        return self.prompts or self.names
+
+    @property
+    def has_background(self) -> bool:
+        """Whether id 0 is whatever belongs to no other class; it is never asked for in a prompt."""
+        return self.names[0] == "background"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -26,6 +49,25 @@ class ClassTable:
 
 def _table(name: str, classes: dict[str, tuple[int, int, int]]) -> ClassTable:
     return ClassTable(name, tuple(classes), tuple(classes.values()))
+
+
+def voc_color(class_id: int) -> tuple[int, int, int]:
+    """Colour of an id 0..255 in the colour map of PASCAL VOC.
+
+    The lowest three bits of the id are the highest bits of red, green and blue, the next three their second
+    highest, and so on.
+    """
+    return tuple(
+        sum((class_id >> (3 * level + channel) & 1) << (7 - level) for level in range(3))
+        for channel in range(3)
+    )
+
+
+def _object_table(name: str, classes: str) -> ClassTable:
+    """Table in VOC's colours of names with commas between; "bus=buses" is asked for as "buses"."""
+    entries = [entry.strip().partition("=") for entry in classes.split(",")]
+    names, prompts = zip(*((name, prompt or name) for name, _, prompt in entries), strict=True)
+    return ClassTable(name, names, tuple(map(voc_color, range(len(names)))), prompts)
 
 
 # MADM's 11 street classes; the colours are those of its palette regression, where traffic sign
@@ -122,17 +164,73 @@ MINI_OBJECTS = _table(
     },
 )
 
+# The object sets of open-vocabulary segmentation: official names and, where they are others, the words with
+# which DiffSegmenter's code asks for them (arXiv 2309.02773). PASCAL VOC 2012:
+VOC21 = _object_table(
+    "voc21",
+    """
+    background, aeroplane=plane, bicycle, bird, boat, bottle, bus=buses, car, cat, chair, cow,
+    diningtable=table, dog, horse, motorbike, person=people, pottedplant=plant, sheep, sofa, train,
+    tvmonitor=monitor
+    """,
+)
 
-def class_table(name: str) -> ClassTable:
-    """Return the table of this name.
+# PASCAL Context: its 59 frequent classes, by the alphabet; what is none of them is background.
+CONTEXT60 = _object_table(
+    "context60",
+    """
+    background, aeroplane=airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building,
+    bus, cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor,
+    flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform,
+    pottedplant=plant, road, rock, sheep, shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree,
+    truck, tvmonitor=monitor, wall, water, window, wood
+    """,
+)
+
+# The 80 categories of COCO by their published ids. The released code asks for "toothbrus", by mistake.
+COCO81 = _object_table(
+    "coco81",
+    """
+    background, person, bicycle, car, motorcycle=motorbike, airplane=aeroplane, bus, train, truck, boat,
+    traffic light, fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball,
+    kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
+    knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
+    couch=sofa, potted plant=pottedplant, bed, dining table=diningtable, toilet, tv=tvmonitor, laptop, mouse,
+    remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+    teddy bear, hair drier, toothbrush
+    """,
+)
+
+
+def class_table(name: str | Sequence[str]) -> ClassTable:
+    """Return the table of this name; or of these words and a background, in VOC's colours.
 
     Raises:
-        ValueError: no table has this name; the message lists those that exist.
+        ValueError: no table has this name (the message lists those that exist), or a word is empty or double.
     """
-    tables = {table.name: table for table in (DELIVER11, FMB9, CITYSCAPES19, MINI_OBJECTS)}
-    if name not in tables:
-        raise ValueError(f"No class table is named {name!r}: choose one of {', '.join(sorted(tables))}.")
-    return tables[name]
+    if not isinstance(name, str):
+        return open_table(name)
+    tables = (DELIVER11, FMB9, CITYSCAPES19, MINI_OBJECTS, VOC21, CONTEXT60, COCO81)
+    known = {table.name: table for table in tables}
+    if name not in known:
+        raise ValueError(f"No class table is named {name!r}: choose one of {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def open_table(words: Sequence[str]) -> ClassTable:
+    """Return a table of words that a user has chosen, after a background.
+
+    Raises:
+        ValueError: there is no word, more than the 254 that a label can hold, an empty one or one twice.
+    """
+    names = ("background", *(" ".join(word.split()) for word in words))
+    if not 1 < len(names) <= IGNORE_INDEX or "" in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"Classes are 1 to {IGNORE_INDEX - 1} different words, none empty and none called background: "
+            f'found {list(words)}. Name what to look for, such as --classes "dog, bench, grass".'
+        )
+    return ClassTable("open", names, tuple(voc_color(i) for i in range(len(names))))
 
 
 def class_subset(name: str) -> tuple[str, ...]:

@@ -74,10 +74,12 @@ def write_dsec(root: Path, size: tuple[int, int] = SIZE) -> None:
                 write_png(label, blocks(label, [*range(11), 255], size))
 
 
-def write_pair(image: Path, label: Path, size: tuple[int, int]) -> None:
-    """RGB image, single-channel label in train ids."""
+def write_pair(
+    image: Path, label: Path, size: tuple[int, int], ids: Sequence[int] = (*range(19), 255)
+) -> None:
+    """RGB image, single-channel label, by default in the train ids of Cityscapes."""
     write_png(image, noise(image, *size, 3))
-    write_png(label, blocks(label, [*range(19), 255], size))
+    write_png(label, blocks(label, ids, size))
 
 
 def write_palette(path: Path, ids: np.ndarray) -> None:
@@ -141,6 +143,57 @@ def write_acdc(root: Path, size: tuple[int, int] = SIZE, flat: bool = False) -> 
                 write_pair(
                     root / f"rgb_anon/{stem}_rgb_anon.png", root / f"gt/{stem}_gt_labelTrainIds.png", size
                 )
+
+
+def write_ids(path: Path, ids: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{image_id}\n" for image_id in ids))
+
+
+def write_pascal_voc(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """JPEG images of two sizes; labels with SBD's contours (one is in train_aug alone) and VOC's own."""
+    folder = root / "VOCdevkit/VOC2012"
+    lists = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033", "2007_000042"]}
+    for split, ids in {**lists, "train_aug": [*lists["train"], "2008_000002"]}.items():
+        write_ids(folder / f"ImageSets/Segmentation/{split}.txt", ids)
+        for number, image_id in enumerate(ids):
+            own = size[::-1] if number == 1 else size
+            label = folder / f"SegmentationClassAug/{image_id}.png"
+            write_pair(folder / f"JPEGImages/{image_id}.jpg", label, own, [*range(21), 255])
+            if number < 2:
+                label = folder / f"SegmentationClass/{image_id}.png"
+                write_palette(label, blocks(label, [*range(21), 255], own))
+
+
+def write_pascal_context(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """JPEG images of two sizes, labels in which nothing is ignored, and an image that is in no list."""
+    folder = root / "VOCdevkit/VOC2010"
+    lists = {"train": ["2008_000002", "2008_000003"], "val": ["2008_000009", "2008_000016"]}
+    for split, ids in lists.items():
+        write_ids(folder / f"ImageSets/SegmentationContext/{split}.txt", ids)
+        for image_id, own in zip(ids, (size, size[::-1]), strict=True):
+            label = folder / f"SegmentationClassContext/{image_id}.png"
+            write_pair(folder / f"JPEGImages/{image_id}.jpg", label, own, range(60))
+    write_png(folder / "JPEGImages/2008_000001.jpg", noise(folder, *size, 3))
+
+
+def write_coco(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """JPEG images of two sizes; labels of COCO-Stuff as published and in train ids."""
+    for split, numbers in (("train", (9, 25)), ("val", (139, 285))):
+        for number, own in zip(numbers, (size, size[::-1]), strict=True):
+            label = root / f"annotations/{split}2017/{number:012d}_labelTrainIds.png"
+            write_pair(root / f"images/{split}2017/{number:012d}.jpg", label, own, [*range(171), 255])
+            write_png(label.with_name(f"{number:012d}.png"), blocks(label, [0, 181, 255], own))
+
+
+def write_coco_2014(root: Path, size: tuple[int, int] = SIZE) -> None:
+    """JPEG images of two sizes, labels in ids 0..80, and an image that is not in the list."""
+    folder = root / "COCO2014"
+    names = [f"COCO_val2014_{number:012d}" for number in (42, 73, 74)]
+    for name, own in zip(names, (size, size[::-1], size), strict=True):
+        label = folder / f"coco_seg_anno/{name[-12:]}.png"
+        write_pair(folder / f"images/val2014/{name}.jpg", label, own, range(81))
+    write_ids(folder / "val_5k_id.txt", names[:2])
 
 
 def write_dark_zurich(root: Path, size: tuple[int, int] = SIZE) -> None:

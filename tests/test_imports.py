@@ -66,11 +66,12 @@ def test_no_product_file_is_longer_than_450_lines():
 
 
 def test_the_product_stays_small():
-    # Code alone is counted, so that nobody saves on what is written for the reader.
+    # Code alone is counted, so that nobody saves on what is written for the reader. The mini world with the
+    # training of its model is a third of it; four methods with 15 data sets and the commands are the rest.
     assert lines_of_code('"""Doc\nstring."""\n\n# comment\nx = (\n    1\n)\n') == 3
     # What only measures and checks it, against other orders of work written out in full, is like tests/.
     product = [p for p in FILES if not p.is_relative_to(ROOT / "benchmarks")]
-    assert sum(lines_of_code(p.read_text()) for p in product) <= 9000
+    assert sum(lines_of_code(p.read_text()) for p in product) <= 12000
 
 
 @pytest.mark.slow

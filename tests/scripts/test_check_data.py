@@ -14,11 +14,15 @@ from tests.fake_data import (
     write_acdc,
     write_bdd100k,
     write_cityscapes,
+    write_coco,
+    write_coco_2014,
     write_dark_zurich,
     write_deliver,
     write_fmb,
     write_gta5,
     write_mapillary,
+    write_pascal_context,
+    write_pascal_voc,
     write_png,
     write_synthia,
 )
@@ -121,6 +125,10 @@ NEW = {
     "mapillary": write_mapillary,
     "acdc": write_acdc,
     "dark_zurich": write_dark_zurich,
+    "pascal_voc": write_pascal_voc,
+    "pascal_context": write_pascal_context,
+    "coco": write_coco,
+    "coco_2014": write_coco_2014,
 }
 
 
