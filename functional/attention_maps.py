@@ -107,3 +107,36 @@ def complete(self_attention: Tensor, fused: Tensor) -> Tensor:
         [B, h, w].
     """
     return (self_attention @ fused.flatten(1)[..., None]).view_as(fused)
+
+
+def complete_by_layers(layers: Sequence[tuple[Tensor, Tensor]], fused: Tensor, power: int = 1) -> Tensor:
+    """S^p F_c without building S: each layer attends to the map as its value, its share of S F_c.
+
+    Args:
+        layers: queries and keys [B, heads, h * w, width] of each self-attention layer of the finest level;
+            S is the mean over all heads of all layers.
+        fused: F_c [B, h, w].
+        power: p; 0 returns the map as it is.
+
+    Returns:
+        [B, h, w], float32.
+    """
+    fused = fused.float()
+    for _ in range(power):
+        total, heads = 0, 0
+        # Rows of S sum to 1. Without the mean half precision resolves what is left of a map that S spreads.
+        mean = fused.mean((-2, -1), keepdim=True)
+        column = (fused - mean).flatten(1)[:, None, :, None]
+        for query, key in layers:
+            # As wide as the keys, and in memory: kernels that never build the probabilities want both.
+            value = column.to(query.dtype).expand_as(key).contiguous()
+            found = F.scaled_dot_product_attention(query, key, value)[..., 0]  # [B, heads, h * w]
+            total = total + found.sum(1, dtype=torch.float32)
+            heads += query.shape[1]
+        fused = (total / heads).view_as(fused) + mean
+    return fused
+
+
+def sharpen(maps: Tensor, gain: float, centre: float) -> Tensor:
+    """Contrast of maps [..., h, w] in [0, 1]: sigmoid(gain (v - centre)), stretched to [0, 1] again."""
+    return stretch(torch.sigmoid(gain * (maps - centre)))

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torchmetrics import Metric
 
 from functional.classes import ClassTable, class_subset, class_table
 from functional.fingerprint import weights_sha256
@@ -120,7 +121,7 @@ class SegmentationModule(LightningModule, ABC):
 
     Args:
         network: plain module, image to logits.
-        classes: name of the class table.
+        classes: name of the class table; or words, which make a table of their own.
         lr: base learning rate of AdamW.
         weight_decay: decoupled weight decay.
         schedule: (step, max_steps) -> multiplier of the learning rates; None keeps them constant.
@@ -130,10 +131,13 @@ class SegmentationModule(LightningModule, ABC):
             "synthia16", see functional.classes.class_subset; predictions are among all classes.
     """
 
+    trains = True  # train.py refuses a method that does not
+    more_scores: tuple[str, ...] = ()  # what a subclass's metric of a set gives and is logged as well
+
     def __init__(
         self,
         network: nn.Module,
-        classes: str,
+        classes: str | Sequence[str],
         lr: float = 6e-5,
         weight_decay: float = 0.01,
         schedule: Callable[[int, int], float] | None = None,
@@ -148,10 +152,15 @@ class SegmentationModule(LightningModule, ABC):
         self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
         self.lr_multipliers, self.decay_norm_and_bias = lr_multipliers or {}, decay_norm_and_bias
         self.subsets = subset_ids(self.classes, class_subsets)
-        self.matrices: dict[str, ConfusionMatrix] = {}  # of the running or latest validation or test, by set
+        self.matrices: dict[str, Metric] = {}  # of the running or latest validation or test, by set
         self.frozen_digests: dict[str, str] = {}
         # How the images of a batch are predicted and scored: whole, until a command sets another way.
         self.protocol: Callable[[Predict, Tensor], Tensor] = segment_image
+
+    @property
+    def terms(self) -> dict[str, str]:
+        """What a reader of the scores has to know, such as what the method was told beside the image."""
+        return {}
 
     @abstractmethod
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -199,7 +208,11 @@ class SegmentationModule(LightningModule, ABC):
 
     def start_scoring(self, stage: str) -> None:
         names = getattr(self.trainer.datamodule, f"{stage}_set_names")
-        self.matrices = {name: ConfusionMatrix(len(self.classes)).to(self.device) for name in names}
+        self.matrices = {name: self.metric().to(self.device) for name in names}
+
+    def metric(self) -> Metric:
+        """Return what counts the pixels of one set."""
+        return ConfusionMatrix(len(self.classes))
 
     def score(self, batch: dict, batch_idx: int, dataloader_idx: int) -> Tensor:
         logits, label = self.logits(batch), batch["label"]
@@ -212,7 +225,7 @@ class SegmentationModule(LightningModule, ABC):
         return prediction
 
     def log_scores(self, stage: str) -> None:
-        scores, keys = {}, ("mIoU", *self.subsets, "fwIoU", "aAcc", "mAcc")
+        scores, keys = {}, ("mIoU", *self.subsets, "fwIoU", "aAcc", "mAcc", *self.more_scores)
         for name, matrix in self.matrices.items():
             found = matrix.compute()
             found |= {key: found["IoU"][ids].nanmean() for key, ids in self.subsets.items()}

@@ -244,6 +244,7 @@ class Captioner:
     def __init__(self, path: str, cache: str | None = None):
         self.path, self.blip = path, VisionLanguageModel(path, BlipForConditionalGeneration, BertTokenizer)
         self.cache = None if cache is None else JsonFile(cache)
+        self.seen: tuple[Tensor, Tensor] | None = None  # the last image and its tokens
 
     def __call__(self, image: Tensor, name: str, prefixes: Sequence[str]) -> list[str]:
         """Write a caption for each prefix.
@@ -285,8 +286,7 @@ class Captioner:
                 )
         captions = [""] * len(prefixes)
         with torch.autocast(image.device.type, enabled=False):
-            pixels = preprocess(image, self.blip.settings)
-            seen = self.blip.model.vision_model(pixel_values=pixels).last_hidden_state
+            seen = self.see(image)
             for length in sorted({len(start) for start in starts}):
                 equal = [i for i, start in enumerate(starts) if len(start) == length]
                 for first in range(0, len(equal), PREFIXES_PER_PASS):
@@ -295,6 +295,13 @@ class Captioner:
                     for i, tokens in zip(members, added, strict=True):
                         captions[i] = self.join(prefixes[i], tokens)
         return captions
+
+    def see(self, image: Tensor) -> Tensor:
+        """The vision tower's tokens of an image, [1, tokens, width]; those of the last image are kept."""
+        if self.seen is None or not torch.equal(self.seen[0], image):
+            pixels = preprocess(image, self.blip.settings)
+            self.seen = image, self.blip.model.vision_model(pixel_values=pixels).last_hidden_state
+        return self.seen[1]
 
     def continue_text(self, starts: list[list[int]], seen: Tensor) -> list[list[int]]:
         """Tokens that follow each of these equally long starts, up to but without the end of text.

@@ -210,15 +210,16 @@ class StableDiffusion(nn.Module):
 
     @torch.inference_mode(False)  # what is kept in a validation must be usable in training
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
+    def encode_text(self, texts: Sequence[str], keep: bool = True) -> Tensor:
         """Last hidden states, after the final norm, of padded texts: [N, num_tokens, context_width].
 
-        Each text is encoded once and kept, so repeated texts cost nothing and survive free_text_encoder().
+        Each text is encoded once and, with `keep`, kept, so repeated texts cost nothing and survive
+        free_text_encoder().
 
         Raises:
             ValueError: a text has more tokens than the model can read; nothing is cut silently.
         """
-        new = [text for text in dict.fromkeys(texts) if text not in self.text_cache]
+        new, known = [text for text in dict.fromkeys(texts) if text not in self.text_cache], self.text_cache
         if new:
             self.require("text_encoder")
             for text, ids in zip(new, self.tokenizer(new)["input_ids"], strict=True):
@@ -234,8 +235,9 @@ class StableDiffusion(nn.Module):
             hidden = self.text_encoder(
                 tokens["input_ids"].to(self.device)
             ).last_hidden_state  # pads are attended
-            self.text_cache.update(zip(new, hidden, strict=True))
-        return torch.stack([self.text_cache[text] for text in texts]).to(self.device)
+            known = known | dict(zip(new, hidden, strict=True))
+            self.text_cache = known if keep else self.text_cache
+        return torch.stack([known[text].to(self.device) for text in texts])
 
     def free_text_encoder(self) -> None:
         """Drop the text encoder from memory; texts that were encoded remain available."""

@@ -35,8 +35,12 @@ def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def write_tokenizer(folder: Path, num_tokens: int, words: Sequence[str]) -> int:
-    """Write a CLIPTokenizer: each of the words is one token, other words byte pieces; return its size."""
+def write_tokenizer(folder: Path, num_tokens: int, words: Sequence[str], closed: bool = False) -> int:
+    """Write a CLIPTokenizer: each of the words is one token, other words byte pieces; return its size.
+
+    Args:
+        closed: say that its model has never read other words: models.prompts refuses classes called by them.
+    """
     merges: list[tuple[str, str]] = []
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -65,6 +69,7 @@ def write_tokenizer(folder: Path, num_tokens: int, words: Sequence[str]) -> int:
         "pad_token": "<|endoftext|>",
         "do_lower_case": True,
         "add_prefix_space": False,
+        "closed_vocabulary": closed,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return len(tokens)
@@ -72,7 +77,7 @@ def write_tokenizer(folder: Path, num_tokens: int, words: Sequence[str]) -> int:
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of the mini world's words, also left in `folder`."""
-    write_tokenizer(folder, NUM_TOKENS, VOCABULARY)
+    write_tokenizer(folder, NUM_TOKENS, VOCABULARY, closed=True)
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -9,52 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BlipConfig, BlipForConditionalGeneration, CLIPModel, CLIPTokenizer
+from transformers import BlipForConditionalGeneration, CLIPModel, CLIPTokenizer
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import models.captions
 from models.captions import MAX_TOKENS, Captioner, JsonFile, VisionLanguageModel, find_folder, preprocess
-
-WORDS = (
-    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photograph", "photography", "picture", "of"),
-    *("plane", "cat", "traffic", "light", "on", "the", "grass", "flying", "red", "sitting", "and", "##s"),
-    "##ing",
-)
-BEGIN, END = len(WORDS), WORDS.index("[SEP]")  # BLIP's begin of text has an id beyond the vocabulary
-
-
-def write_tiny_blip(folder: Path, seed: int = 4) -> Path:
-    config = BlipConfig(
-        text_config={
-            "vocab_size": len(WORDS) + 2,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 32,
-            "bos_token_id": BEGIN,
-            "sep_token_id": END,
-            "initializer_range": 0.7,
-        },
-        vision_config={
-            "image_size": 32,
-            "patch_size": 16,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "initializer_range": 0.7,
-        },
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        BlipForConditionalGeneration(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+from tests.tiny_blip import write_tiny_blip
 
 
 @pytest.fixture(scope="module")
