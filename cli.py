@@ -1,5 +1,6 @@
 """The command line: one subclass of LightningCLI, the run folder, and models built from what a run left."""
 
+import importlib
 import json
 import secrets
 import shutil
@@ -101,6 +102,12 @@ class SegmentationCLI(LightningCLI):
         if not self.build:
             return
         trainer, paths = self.config.trainer, config_paths(self.args)
+        module, _, name = self.config.model.class_path.rpartition(".")
+        if not getattr(getattr(importlib.import_module(module), name), "trains", True):
+            raise UsageError(
+                f"{name} has nothing to train.\nScore it by `python test.py --config FILE`, or predict by "
+                "`python predict.py --config FILE --input PATH`."
+            )
         if trainer.max_steps < 1 and trainer.max_time is None and not trainer.fast_dev_run:
             raise UsageError(
                 "trainer.max_steps is not set, so training would never end.\n"

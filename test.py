@@ -7,6 +7,10 @@ from pathlib import Path
 
 from config_files import UsageError, read_yaml, set_environment, short_errors
 
+# The options of functional.sliding_window.segment_image that change nothing: a method that has no use for
+# others can tell whether any were given.
+WHOLE = {"window": None, "window_stride": None, "scales": [1.0], "flip": False}
+
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
     """Parse the command line and read the YAML files that it names, before torch is imported."""
@@ -22,6 +26,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         "--data", type=Path, nargs="+", default=[], help="YAML files with a section data: to score on"
     )
     parser.add_argument("--output", type=Path, help="default: RUN_DIR/test, or runs/<config name>/test")
+    parser.add_argument("--devices", type=int, default=1, help="processes, one per GPU or on a CPU")
     parser.add_argument("--pictures", type=int, default=8, help="images of each set to draw")
     pair = {"type": int, "nargs": 2, "metavar": ("H", "W")}
     parser.add_argument("--window", **pair, help="see images in windows of this size (default: whole)")
@@ -37,6 +42,8 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         raise UsageError("--checkpoint belongs to a run folder: --config builds an untrained model.")
     if found.window_stride and not found.window:
         raise UsageError("--window-stride is the step between windows: give their size by --window H W.")
+    if found.devices < 1:
+        raise UsageError(f"--devices is the number of processes: give 1 or more, not {found.devices}.")
     stems = [path.stem for path in found.data]
     if doubled := {stem for stem in stems if stems.count(stem) > 1}:
         raise UsageError(
@@ -72,11 +79,14 @@ def chosen_protocol(options: argparse.Namespace) -> tuple[dict, str]:
     return {"window": window, "window_stride": stride, "scales": options.scales, "flip": options.flip}, ending
 
 
-def score(model, datamodule, folder: Path, step: int, pictures: int, protocol: dict) -> dict:
+def score(
+    model, datamodule, folder: Path, step: int, pictures: int, protocol: dict, devices: int
+) -> dict | None:
     """Run the test sets of a DataModule and leave metrics.json, metrics.md and pictures in a folder.
 
     Returns:
-        {"step", "protocol", "mean", "sets"} with scores in percent.
+        {"step", "protocol", "mean", "sets"} with scores in percent, the same for any number of devices; None
+        in all processes but the first.
     """
     from lightning.pytorch import Trainer, seed_everything
 
@@ -89,14 +99,29 @@ def score(model, datamodule, folder: Path, step: int, pictures: int, protocol: d
     check_classes(model, datamodule)
     seed_everything(0, workers=True, verbose=False)
     folder.mkdir(parents=True, exist_ok=True)
-    model.protocol, table = partial(segment_image, **protocol), model.classes
+    table = model.classes
+    if protocol != WHOLE:
+        model.protocol = partial(segment_image, **protocol)
     drawing = TestPictures(folder / "pictures", pictures, table.names, table.colors)
-    trainer = Trainer(
-        devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False, callbacks=[drawing]
-    )  # fmt: skip
     with edge_errors():
+        trainer = Trainer(
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            use_distributed_sampler=False,  # each process has its share of the images already
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[drawing],
+        )
         trainer.test(model, datamodule=datamodule, verbose=False)
-    found = {"step": step, "protocol": protocol, **nest_metrics(trainer.callback_metrics, "test")}
+    if not trainer.is_global_zero:
+        return None
+    found = {
+        "step": step,
+        **model.terms,
+        "protocol": protocol,
+        **nest_metrics(trainer.callback_metrics, "test"),
+    }
     write_metrics(folder, {"test": found})
     return found
 
@@ -122,8 +147,11 @@ def main(args: list[str] | None = None) -> None:
             data = config["data"] if path is None else resolve_data(path)
             _, datamodule = build({"data": data})
             folder = output / f"{path.stem if path else 'own'}-{name}{ending}"
-            found = score(model, datamodule, folder, step, options.pictures, protocol)
-            print(f"\n{folder}: checkpoint {name}, step {step}\n\n{metrics_table(found)}")
+            found = score(model, datamodule, folder, step, options.pictures, protocol, options.devices)
+            if found is None:
+                continue
+            terms = "".join(f", {key}: {value}" for key, value in model.terms.items())
+            print(f"\n{folder}: checkpoint {name}, step {step}{terms}\n\n{metrics_table(found)}")
             print(f"Pictures: {folder / 'pictures'}")
 
 

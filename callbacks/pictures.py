@@ -108,6 +108,36 @@ def comparison(
     return np.concatenate([top, below])
 
 
+def heat_maps(
+    image: np.ndarray, maps: dict[str, np.ndarray], width: int = 384, columns: int = 4
+) -> np.ndarray:
+    """Draw an image and, each below its name, the maps of its classes, from white (0) to dark blue (1).
+
+    Args:
+        image: uint8 [h, w, 3].
+        maps: float [H, W] in [0, 1] by class.
+        width: each panel is as wide as the image, within 256 (pixels are enlarged) and this.
+        columns: panels in a row at most.
+
+    Returns:
+        uint8 [height, total width, 3].
+    """
+    height = round(image.shape[0] * min(1, width / image.shape[1]))
+    size = min(width, image.shape[1]), max(height, 1)  # small first: colouring a photograph takes seconds
+    panels = {"image": np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))}
+    for name, values in maps.items():
+        small = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+        panels[name] = heat(np.asarray(small))
+    titles, columns = list(panels), min(columns, len(panels))
+    rows = [
+        side_by_side({title: panels[title] for title in titles[i : i + columns]}, min(256, width))
+        for i in range(0, len(titles), columns)
+    ]
+    full = rows[0].shape[1]
+    padded = [np.pad(row, ((0, 4), (0, full - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    return np.concatenate(padded)
+
+
 def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Draw a confusion matrix: rows are the truth (each adds to 100 percent), columns the prediction.
 
@@ -176,8 +206,8 @@ class TestPictures(Callback):
 
     def on_test_end(self, trainer, pl_module) -> None:
         """Draw one confusion matrix for each set."""
-        for name, scores in pl_module.matrices.items():
-            self._save(confusion_picture(scores.matrix.cpu().numpy(), self.names), f"confusion-{name}")
+        for name, scores in pl_module.matrices.items() if trainer.is_global_zero else ():
+            self._save(confusion_picture(scores.compute()["matrix"].numpy(), self.names), f"confusion-{name}")
 
     def _save(self, picture: np.ndarray, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -209,11 +209,15 @@ def metrics_table(nested: dict) -> str:
 
 
 def write_metrics(folder: Path, latest: dict) -> None:
-    """Write metrics.json and metrics.md; `latest` holds {"step", "mean", "sets"} under "val" and "test"."""
+    """Write metrics.json and metrics.md; `latest` holds {"step", "mean", "sets"} under "val" and "test".
+
+    Texts beside these, which tell what the scores were given, stand in the heading of metrics.md.
+    """
     write_atomically(folder / "metrics.json", json.dumps(latest, indent=2) + "\n")
-    parts = [
-        f"## {stage}, step {scores['step']}\n\n{metrics_table(scores)}" for stage, scores in latest.items()
-    ]
+    parts = []
+    for stage, scores in latest.items():
+        terms = "".join(f", {name}: {text}" for name, text in scores.items() if isinstance(text, str))
+        parts.append(f"## {stage}, step {scores['step']}{terms}\n\n{metrics_table(scores)}")
     write_atomically(folder / "metrics.md", "\n".join(parts))
 
 

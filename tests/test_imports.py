@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "test", "predict", "compare", "cli", "config_files", "mistakes", "scripts", "benchmarks"}
+COMMANDS = {"train", "test", "predict", "video", "compare", "cli", "config_files", "mistakes"}
+COMMANDS |= {"scripts", "benchmarks"}
 ROOMS = {"functional", "models", "datamodules", "callbacks", "lightning_modules"} | COMMANDS
 ALLOWED = {
     "functional": {"functional"},
