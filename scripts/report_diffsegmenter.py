@@ -3,7 +3,7 @@
     python -m scripts.report_diffsegmenter --seeds 0 1 2 --output work/diffsegmenter
 
 Each row is scored with the classes of the label as candidates and with all classes. Where there is a
-background, the threshold of a row is the best on scenes of the split val. Results are kept in the output
+background, the threshold of a row is the best on 50 scenes of the split val. Results are kept in the output
 folder as they come, so that the same command goes on where it was stopped; at the end there are table.md and
 a picture for each title of the plan.
 """
@@ -37,6 +37,7 @@ from scripts.gallery import enlarge, grid
 from scripts.table import table
 
 CANDIDATES = {"labels": LabelCandidates(), "all": AllCandidates()}
+VAL_SCENES = 50  # of a set, on which thresholds are chosen
 THRESHOLDS = [percent / 100 for percent in range(2, 100, 2)]
 
 
@@ -87,7 +88,8 @@ def score(
             for kind in CANDIDATES
         }
         samples = EvaluationSamples(dataset)
-        for i in tqdm(range(len(samples)), desc=f"{split} {set_name}", unit="scene"):
+        count = min(len(samples), VAL_SCENES) if split == "val" else len(samples)
+        for i in tqdm(range(count), desc=f"{split} {set_name}", unit="scene"):
             sample = samples[i]
             maps = model.network.score_maps(sample["image"], sample["name"], words)
             batch = {"label": sample["label"][None], "name": [sample["name"]]}
