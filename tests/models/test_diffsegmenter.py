@@ -384,6 +384,18 @@ def test_without_classes_there_are_no_maps_and_no_call(diffusion, image):
     assert not calls.count
 
 
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_maps_and_are_left_at_the_same_place(model_folder, image):
+    plain, compiled = (StableDiffusion(str(model_folder), compile=backend) for backend in (None, "eager"))
+    ran = []
+    compiled.unet.conv_out.register_forward_hook(lambda *_: ran.append(1))
+    expected = latent_maps(build(plain), image)
+    model = build(compiled)
+    for _ in range(2):  # the second call runs what the first has compiled
+        assert_maps(latent_maps(model, image), expected)
+    assert not ran
+
+
 def test_captions_that_are_not_one_for_each_class_are_an_error(diffusion, image):
     with pytest.raises(ValueError, match="shorter"):
         build(diffusion).score_maps(image, "x", WORDS, CAPTIONS[:2])
