@@ -39,6 +39,8 @@ def edge_errors(over: Callable[[], bool] = lambda: False):
 def edge_error(error: BaseException | None) -> BaseException | None:
     """Find, among an error and its causes, a missing file, a wrong Trainer option or our ValueError."""
     while error is not None:
+        if told := union_reason(error):
+            return ValueError(told)
         frame = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         ours = frame.is_relative_to(ROOT) and "site-packages" not in frame.parts
         if isinstance(error, FileNotFoundError | MisconfigurationException) or (
@@ -47,6 +49,16 @@ def edge_error(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__  # jsonargparse wraps what a constructor raises
     return None
+
+
+def union_reason(error: BaseException) -> str | None:
+    """What a constructor said, where jsonargparse tried several types and kept the errors as text only."""
+    if not str(error).startswith("Does not validate against any of the Union subtypes"):
+        return None
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    own = [line for line in told if not line.startswith(("Expected ", "Does not validate"))]
+    return own[0] if own else None
 
 
 def explain(message: str, known: list[str], args: list[str], config: dict | None = None) -> str:

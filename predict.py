@@ -287,7 +287,11 @@ def arguments(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run, or a checkpoint")
     parser.add_argument(
-        "--config", type=Path, nargs="+", help="instead of a run, for methods without training"
+        "--config",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="instead of a run, for methods without training",
     )
     parser.add_argument(
         "--classes",

@@ -17,7 +17,11 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="test.py", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a run")
     parser.add_argument(
-        "--config", type=Path, nargs="+", help="instead of a run, for methods without training"
+        "--config",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="instead of a run, for methods without training",
     )
     parser.add_argument(
         "--checkpoint", help="best, last or a path (default: best if there is one, else last)"

@@ -94,6 +94,17 @@ def test_there_is_nothing_to_train(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_candidates_that_are_not_there_are_a_short_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(CONF.parent)
+    overlay = tmp_path / "file.yaml"
+    candidates = {"class_path": "models.candidates.FileCandidates", "init_args": {"path": "nowhere.json"}}
+    overlay.write_text(json.dumps({"model": {"init_args": {"candidates": candidates}}}))
+    with pytest.raises(SystemExit) as stop:  # --config may be given once for each file
+        test_script.main(["--config", "conf/mini/diffsegmenter_objects.yaml", "--config", str(overlay)])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and "nowhere.json" in told and len(told.splitlines()) <= 3
+
+
 @pytest.mark.slow
 def test_two_processes_score_a_set_to_the_same_numbers_as_one(tmp_path):
     overlay = tmp_path / "small.yaml"
