@@ -18,14 +18,14 @@ from models.diffsegmenter import DiffSegmenter, best_class, label_map
 class DiffSegmenterPrediction(SegmentationModule):
     """Labels images by the score maps of the classes that they are believed to show.
 
-    Where the class table has a background, `val/<set>/mIoU_oracle` is that of the best of 45 thresholds,
+    Where the class table has a background, `val/<set>/mIoU_oracle` is the mIoU at the best of 45 thresholds,
     `val/<set>/threshold_oracle`, chosen on the scored labels themselves as for the published numbers.
 
     Args:
         network: gives the score maps.
         classes: name of the class table; or words, which make a table of their own.
-        candidates: "all" classes; "labels", those in an image's label (an oracle, for ablations and pseudo
-            labels); or an object that knows, see models.candidates.
+        candidates: "all" classes; "labels", those in an image's label (an oracle, for ablations); or an
+            object that knows, see models.candidates.
         captioner: writes on in the prompt of each class what it sees in the image; None leaves prompts bare.
         threshold: background is where no map is above it.
         absent: what a class without true and predicted pixels counts, see matrix_scores.
