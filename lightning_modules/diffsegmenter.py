@@ -12,7 +12,7 @@ from lightning_modules.base import SegmentationModule
 from lightning_modules.metrics import ConfusionMatrix, ThresholdSweep
 from models.candidates import AllCandidates, Candidates, LabelCandidates
 from models.captions import Captioner
-from models.diffsegmenter import DiffSegmenter, best_class, label_map
+from models.diffsegmenter import DiffSegmenter, best_class, label_map, with_background
 
 
 class DiffSegmenterPrediction(SegmentationModule):
@@ -117,11 +117,9 @@ class DiffSegmenterPrediction(SegmentationModule):
         return ConfusionMatrix(len(self.classes), self.absent)
 
     def score(self, batch: dict, batch_idx: int, dataloader_idx: int) -> Tensor:
-        found, label = self.score_maps(batch), batch["label"]
-        prediction, metric = self.labels(found), list(self.matrices.values())[dataloader_idx]
-        if isinstance(metric, ConfusionMatrix):
-            metric.update(prediction, label)
-            return prediction
-        for (ids, maps), true in zip(found, label, strict=True):
-            metric.update(*best_class(maps, ids, self.classes), true)
+        table, metric = self.classes, list(self.matrices.values())[dataloader_idx]
+        found = [best_class(maps, ids, table) for ids, maps in self.score_maps(batch)]
+        score, label = map(torch.stack, zip(*found, strict=True))
+        prediction = with_background(score, label, table, self.threshold)
+        metric.update(*((score, label) if table.has_background else (prediction,)), batch["label"])
         return prediction

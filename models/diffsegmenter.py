@@ -198,5 +198,9 @@ def label_map(maps: Tensor, ids: Sequence[int], table: ClassTable, threshold: fl
     Args:
         threshold: if the table has a background, this is where no map is above it.
     """
-    score, label = best_class(maps, ids, table)
+    return with_background(*best_class(maps, ids, table), table, threshold)
+
+
+def with_background(score: Tensor, label: Tensor, table: ClassTable, threshold: float) -> Tensor:
+    """Class ids of best_class; a table's background is where no score is above the threshold."""
     return torch.where(score > threshold, label, 0) if table.has_background else label
