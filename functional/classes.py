@@ -164,6 +164,9 @@ MINI_OBJECTS = _table(
     },
 )
 
+# What a mask of one class says: the object that an episode asks for, and all else.
+FEW_SHOT = _table("few_shot", {"background": (0, 0, 0), "object": (220, 20, 60)})
+
 # The object sets of open-vocabulary segmentation: official names and, where they are others, the words with
 # which DiffSegmenter's code asks for them (arXiv 2309.02773). PASCAL VOC 2012:
 VOC21 = _object_table(
@@ -202,6 +205,38 @@ COCO81 = _object_table(
     """,
 )
 
+# Four folds of the mini world's categories for few-shot work; no episode asks for the reserve.
+MINI_FOLDS: tuple[tuple[str, ...], ...] = (
+    ("car", "tree", "star", "bottle", "bird"),
+    ("house", "fish", "key", "cross", "lamp"),
+    ("mug", "heart", "cat", "ladder", "rocket"),
+    ("umbrella", "boat", "flower", "arrow", "apple"),
+)
+MINI_RESERVE: tuple[str, ...] = ("mushroom", "moon", "bell", "chair", "anchor", "butterfly")
+
+# The ids that few-shot benchmarks hold out of training, by benchmark and fold: five in a row of PASCAL VOC,
+# every fourth of COCO, and the mini world's folds.
+FOLDS: dict[str, tuple[ClassTable, tuple[tuple[int, ...], ...]]] = {
+    "pascal5i": (VOC21, tuple(tuple(range(5 * fold + 1, 5 * fold + 6)) for fold in range(4))),
+    "coco20i": (COCO81, tuple(tuple(range(fold + 1, 81, 4)) for fold in range(4))),
+    "mini20i": (
+        MINI_OBJECTS,
+        tuple(tuple(sorted(map(MINI_OBJECTS.names.index, names))) for names in MINI_FOLDS),
+    ),
+}
+
+
+def base_table(benchmark: str, fold: int) -> ClassTable:
+    """Return what a base learner knows: background and the classes that the fold does not hold out, by id.
+
+    The mini world's reserve, of which there are no episodes, comes last.
+    """
+    table, folds = FOLDS[benchmark]
+    base = [name for i, name in enumerate(table.names) if i not in folds[fold]]
+    base.sort(key=lambda name: benchmark == "mini20i" and name in MINI_RESERVE)
+    colors = tuple(table.colors[table.names.index(name)] for name in base)
+    return ClassTable(f"{benchmark}_base{fold}", tuple(base), colors)
+
 
 def class_table(name: str | Sequence[str]) -> ClassTable:
     """Return the table of this name; or of these words and a background, in VOC's colours.
@@ -211,8 +246,9 @@ def class_table(name: str | Sequence[str]) -> ClassTable:
     """
     if not isinstance(name, str):
         return open_table(name)
-    tables = (DELIVER11, FMB9, CITYSCAPES19, MINI_OBJECTS, VOC21, CONTEXT60, COCO81)
-    known = {table.name: table for table in tables}
+    tables = (DELIVER11, FMB9, CITYSCAPES19, MINI_OBJECTS, FEW_SHOT, VOC21, CONTEXT60, COCO81)
+    bases = (base_table(benchmark, fold) for benchmark in FOLDS for fold in range(4))
+    known = {table.name: table for table in (*tables, *bases)}
     if name not in known:
         raise ValueError(f"No class table is named {name!r}: choose one of {', '.join(sorted(known))}.")
     return known[name]

@@ -1,9 +1,23 @@
-"""Losses of MADM (arXiv 2410.21708) and DIFF: their divisors count ignored pixels and masked cells too."""
+"""Losses: the usual cross entropy, and those of MADM (arXiv 2410.21708) and DIFF.
+
+The divisors of the latter count ignored pixels and masked cells too.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from functional.classes import IGNORE_INDEX
+
+
+def pixel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy averaged over the valid pixels; 0, with zero gradients, where there are none.
+
+    Args:
+        logits: [B, C, H, W].
+        label: [B, H, W], 255 ignored.
+    """
+    loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / (label != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:

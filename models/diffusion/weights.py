@@ -5,11 +5,11 @@ missing, unexpected or mismatched key is an error that names it.
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -55,6 +55,30 @@ def needed_files(folders: Collection[str], has: Callable[[str], bool]) -> tuple[
         found += [choice] if choice else []
         missing += [] if choice else [f"{WEIGHTS[folder][0]} (or {', '.join(WEIGHTS[folder][1:])})"]
     return found, missing
+
+
+def hub_path(name: str, file: str) -> tuple[Path | None, str]:
+    """A file of a hub repository (owner/name), from the local cache, else downloaded.
+
+    Returns:
+        The file, or None; and in one line why the hub did not give it, "" if the name is of no repository.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.split("/")[0] in PROJECT_FOLDERS:
+        return None, ""
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=True)), ""
+    except (FileNotFoundError, ValueError):
+        pass  # not in the cache, or no possible name, which the next lines tell
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # without a network this fails at once
+        return Path(hf_hub_download(name, file)), ""
+    except Exception as error:  # every kind of network failure ends in the same way out
+        return None, first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def find_model(path: str, folders: Collection[str]) -> Path:
@@ -169,24 +193,29 @@ def load_part(
     found = read_weights(file, dtype, lambda key: not key.startswith(skip) if skip else True)
     weights = {modern_key(key): value for key, value in found.items() if modern_key(key) is not None}
     expected = {key.removeprefix("text_model."): (key, value) for key, value in model.state_dict().items()}
-    shapes = {
-        f"{key} (file {list(weights[key].shape)}, model {list(value.shape)})"
-        for key, (_, value) in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    }
-    problems = {
-        "missing": expected.keys() - weights,
-        "unexpected": weights.keys() - expected,
-        "mismatched": shapes,
-    }
-    if any(problems.values()):
-        parts = [f"{kind}: {name_some(keys)}" for kind, keys in problems.items() if keys]
+    if wrong := misfits(weights, {name: value for name, (_, value) in expected.items()}):
         raise ValueError(
-            f"{file} does not hold the weights that {file.parent / 'config.json'} describes; "
-            f"{'; '.join(parts)}. Config and weights must come from the same model: fetch the folder anew or "
-            "correct the config."
+            f"{file} does not hold the weights that {file.parent / 'config.json'} describes; {wrong}. Config "
+            "and weights must come from the same model: fetch the folder anew or correct the config."
         )
     model.load_state_dict({key: weights[name] for name, (key, _) in expected.items()}, assign=True)
+
+
+def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What keeps tensors of a file from filling a model: "missing: a, b; unexpected: c", "" if nothing does.
+
+    Tensors of another shape are named as "mismatched: d (file [2], model [3])"; at most 10 of each kind.
+    """
+    problems = {
+        "missing": expected.keys() - found,
+        "unexpected": found.keys() - expected,
+        "mismatched": [
+            f"{key} (file {list(found[key].shape)}, model {list(expected[key].shape)})"
+            for key in expected.keys() & found
+            if found[key].shape != expected[key].shape
+        ],
+    }
+    return "; ".join(f"{kind}: {name_some(keys)}" for kind, keys in problems.items() if keys)
 
 
 def name_some(keys: Collection[str], limit: int = 10) -> str:

@@ -1,7 +1,28 @@
 import pytest
 import torch
 
-from functional.losses import latent_regression, regression_mask, weighted_cross_entropy
+from functional.losses import latent_regression, pixel_cross_entropy, regression_mask, weighted_cross_entropy
+
+
+def test_ignored_pixels_neither_count_nor_dilute():
+    logits = torch.randn(1, 3, 2, 2)
+    label = torch.tensor([[[0, 255], [2, 255]]])
+    log = logits.log_softmax(1)
+    expected = -(log[0, 0, 0, 0] + log[0, 2, 1, 0]) / 2
+    torch.testing.assert_close(pixel_cross_entropy(logits, label), expected)
+
+
+def test_a_label_without_a_valid_pixel_gives_zero_loss_and_zero_gradients():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = pixel_cross_entropy(logits, torch.full((1, 2, 2), 255))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_logits_of_half_precision_are_added_up_in_float32():
+    logits, label = torch.randn(1, 3, 64, 64).bfloat16(), torch.randint(3, (1, 64, 64))
+    loss = pixel_cross_entropy(logits, label)
+    torch.testing.assert_close(loss, pixel_cross_entropy(logits.float(), label))
 
 
 def test_the_cross_entropy_is_divided_by_all_pixels_ignored_ones_included():

@@ -177,6 +177,12 @@ def test_a_caption_with_another_beginning_is_an_error_that_shows_both(clip, capt
     assert repr(caption) in str(error.value)
 
 
+def test_a_name_that_is_too_long_for_the_model_is_an_error_that_shows_it(diffusion):
+    style, word = PromptStyle("a photo of"), " ".join(["red"] * 20)
+    with pytest.raises(ValueError, match=f"{word}.* has 25 tokens.*reads 16"):
+        style.encode(diffusion, [style.prompt(diffusion.tokenizer, word)])
+
+
 @pytest.mark.parametrize("word", ["", "  "])
 def test_an_empty_name_is_an_error(tokenizers, word):
     for tokenizer in tokenizers.values():

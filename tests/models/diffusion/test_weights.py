@@ -138,7 +138,7 @@ def test_without_the_hub_the_error_comes_at_once_and_says_what_to_do(tmp_path, m
     start = time.monotonic()
     with pytest.raises(FileNotFoundError) as error:
         StableDiffusion(path)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     words = [path, FILES["unet"], FILES["vae"], "sd-1.5", ALIASES["sd-1.5"]]
     words.append("HF_HUB_OFFLINE" if offline else "the hub did not give")
     for word in words:
