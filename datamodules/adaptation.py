@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import SegmentationDataModule, TrainingSamples, to_tensors
+from datamodules.base import SegmentationDataModule, TrainingSamples, WorkerLoader, to_tensors
 from datamodules.rare_classes import RareClassSampling, source_samples
 from datamodules.samplers import StepBatchSampler, sample_seed
 from functional.classes import IGNORE_INDEX
@@ -84,7 +84,7 @@ class AdaptationDataModule(SegmentationDataModule):
         source_seed, target_seed = sample_seed(self.seed, 0), sample_seed(self.seed, 1)
         source = source_samples(self.source, source_seed, self.rare_class_sampling, self.num_workers)
         target = UnlabelledSamples(self.target.train_dataset(), self.target.transform, target_seed)
-        return PairedSamples(source, target)
+        return PairedSamples(self.readable(source), self.readable(target))
 
     def eval_datasets(self, split: str) -> dict[str, Dataset]:
         return self.target.eval_datasets(split)
@@ -96,4 +96,5 @@ class AdaptationDataModule(SegmentationDataModule):
             StepBatchSampler(len(part), self.batch_size, part.seed, rank, world_size, self.batches_drawn)
             for part in (pairs.source, pairs.target)
         ]
-        return DataLoader(pairs, batch_sampler=PairedBatches(*samplers), **self.loader_options())
+        self.drawn_from = {"source ": (samplers[0], pairs.source), "target ": (samplers[1], pairs.target)}
+        return WorkerLoader(pairs, batch_sampler=PairedBatches(*samplers), **self.loader_options())

@@ -1,7 +1,12 @@
 """What every segmentation DataModule shares: resumable training batches, evaluation sets in order."""
 
+import os
+import signal
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from typing import Protocol
+from operator import itemgetter
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
@@ -10,10 +15,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from datamodules.reading import UnreadableFile
 from datamodules.samplers import StepBatchSampler, sample_seed
 from datamodules.transforms import Transform
 
 WORKER_TIMEOUT = 300  # seconds without a batch after which a hung worker is an error
+# Of unreadable training samples: more mean that a disk is failing or the wrong data is there.
+MOST_IN_A_ROW, MOST_OF_ALL, ALWAYS_ALLOWED = 100, 0.01, 10
+REDRAW = 2**40  # distance of a replacement's draw from the replaced one; no run comes so far
 
 
 def to_tensors(image: np.ndarray, label: np.ndarray) -> dict[str, Tensor]:
@@ -67,6 +76,48 @@ class TrainingSamples(Dataset):
         """Apply the transform, if there is one."""
         return (image, label) if self.transform is None else self.transform(image, label, seed=seed)
 
+    def title(self, item: tuple[int, int]) -> str:
+        """Name an item in messages: by its file where the data set has `image_names`, else by its index."""
+        names = getattr(self.dataset, "image_names", None)
+        return names[item[0]] if names else f"sample {item[0]} (draw {item[1]})"
+
+
+class ReadableSamples(Dataset):
+    """Training samples in which another stands where a file cannot be read, with a warning that names it.
+
+    The replacement is that of the next index, drawn anew; so it depends on the item alone. "replaced" is the
+    number of samples that could not be read before the one that is given.
+
+    Raises:
+        UnreadableFile: more than 100 samples in a row cannot be read.
+    """
+
+    def __init__(self, samples: TrainingSamples):
+        self.samples, self.seed, self.title = samples, samples.seed, samples.title
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        index, draw = item
+        for failed in range(MOST_IN_A_ROW + 1):
+            try:
+                sample = self.samples[(index + failed) % len(self), draw + failed * REDRAW]
+                return {**sample, "replaced": failed}
+            except UnreadableFile as error:
+                fault = str(error)
+                warnings.warn(f"Another training sample takes the place of one: {fault}", stacklevel=2)
+        raise UnreadableFile(
+            f"More than {MOST_IN_A_ROW} training samples in a row cannot be read: the last one found is: "
+            f"{fault} Check the disk, and the data set with scripts/check_data.py."
+        )
+
+
+def replaced_numbers(batch: dict) -> list[int]:
+    """What the samples of a batch and of its parts have as "replaced"; empty where they have none."""
+    own = batch["replaced"].tolist() if "replaced" in batch else []
+    return own + [n for part in batch.values() if isinstance(part, dict) for n in replaced_numbers(part)]
+
 
 class EvaluationSamples(Dataset):
     """Samples of a dataset by index, unchanged."""
@@ -82,9 +133,50 @@ class EvaluationSamples(Dataset):
         return {**sample, **to_tensors(sample["image"], sample["label"])}
 
 
-def one_opencv_thread(worker: int) -> None:
-    """Keep a loader's worker on one core: it would start as many OpenCV threads as the machine has cores."""
-    cv2.setNumThreads(0)
+def image_shape(batch: dict) -> torch.Size | None:
+    """Shape of the images in a batch or in its first part that has any."""
+    if "image" in batch:
+        return batch["image"].shape
+    shapes = [image_shape(part) for part in batch.values() if isinstance(part, dict)]
+    return next(filter(None, shapes), None)
+
+
+def prepare_worker(worker: int) -> None:
+    """Keep a loader's worker on one core, and alive while the main process saves after a signal to all.
+
+    A terminal and SLURM send their signals to the workers too, whose death would be an error in the main
+    process. SIGINT and SIGUSR1 are ignored, and so is a first SIGTERM that the main process has not sent.
+    """
+    cv2.setNumThreads(0)  # it would start as many threads as the machine has cores
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        # A handler would not learn who sent the signal, nor run while a library's call hangs; a thread does.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_on_sigterm, daemon=True).start()
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers have SIGTERM blocked from their first instruction, see prepare_worker.
+
+    A library may start threads in each forked process (OpenTelemetry does, which wandb uses), and a thread
+    that does not block a signal would receive it.
+    """
+
+    def __iter__(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_on_sigterm() -> None:
+    """End this process at the main process's first SIGTERM, or at the second one of others."""
+    for _ in range(2):
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
+            os._exit(0)  # as torch's own handler does: another code would be an error in the main process
+    os._exit(128 + signal.SIGTERM)
 
 
 class SegmentationDataModule(LightningDataModule, ABC):
@@ -101,9 +193,16 @@ class SegmentationDataModule(LightningDataModule, ABC):
         num_workers: processes that load data; results do not depend on their number.
         seed: of the order and of the augmentation.
         transform: augmentation of training samples; None leaves them as they are.
+
+    Attributes:
+        unreadable: what becomes of a training sample whose file cannot be read: "error" names the file;
+            "skip" puts another in its place (see ReadableSamples), until it is more than 1 % of all and more
+            than 10. The command line sets it. Evaluation skips nothing.
+        replaced: training samples that this process could not read so far.
     """
 
     classes: str
+    unreadable: Literal["error", "skip"] = "error"
 
     def __init__(
         self,
@@ -116,7 +215,9 @@ class SegmentationDataModule(LightningDataModule, ABC):
         super().__init__()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed, self.transform = num_workers, seed, transform
-        self.batches_drawn = 0
+        self.batches_drawn = self.replaced = 0
+        self.drawn_from: dict[str, tuple[StepBatchSampler, TrainingSamples]] = {}
+        self.last_images: torch.Size | None = None  # shape of the last batch, which out of memory tells
 
     @abstractmethod
     def train_dataset(self) -> Dataset:
@@ -139,12 +240,27 @@ class SegmentationDataModule(LightningDataModule, ABC):
         return TrainingSamples(self.train_dataset(), self.transform, self.seed)
 
     def train_dataloader(self) -> DataLoader:
-        dataset = self.training_samples()
+        dataset = self.readable(self.training_samples())
         rank, world_size = self.rank_and_world_size()
         sampler = StepBatchSampler(
             len(dataset), self.batch_size, self.seed, rank, world_size, start_batch=self.batches_drawn
         )
-        return DataLoader(dataset, batch_sampler=sampler, **self.loader_options())
+        self.drawn_from = {"": (sampler, dataset)}
+        return WorkerLoader(dataset, batch_sampler=sampler, **self.loader_options())
+
+    def readable(self, samples: TrainingSamples) -> TrainingSamples | ReadableSamples:
+        """Apply `unreadable` to training samples."""
+        return ReadableSamples(samples) if self.unreadable == "skip" else samples
+
+    def asked_last(self) -> list[str]:
+        """Training samples that the loader was asked for and that were not used yet, oldest first."""
+        asked = [
+            (step, f"{part}{samples.title(item)}")
+            for part, (sampler, samples) in self.drawn_from.items()
+            for step, batch in sampler.asked
+            for item in batch
+        ]
+        return [title for step, title in sorted(asked, key=itemgetter(0)) if step >= self.batches_drawn]
 
     def val_dataloader(self) -> list[DataLoader]:
         return self.eval_dataloaders("val")
@@ -164,7 +280,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
                 )
             # No padding to equal lengths: each image counts once whatever the number of processes.
             own = Subset(samples, range(rank, len(samples), world_size))
-            loaders.append(DataLoader(own, batch_size=self.eval_batch_size, **self.loader_options()))
+            loaders.append(WorkerLoader(own, batch_size=self.eval_batch_size, **self.loader_options()))
         return loaders
 
     def rank_and_world_size(self) -> tuple[int, int]:
@@ -176,7 +292,7 @@ class SegmentationDataModule(LightningDataModule, ABC):
             "num_workers": self.num_workers,
             "persistent_workers": workers,
             "timeout": WORKER_TIMEOUT if workers else 0,
-            "worker_init_fn": one_opencv_thread,
+            "worker_init_fn": prepare_worker,
             "pin_memory": torch.cuda.is_available(),
             # Without a generator of its own an iterator draws from the global one, and dropout would change
             # with the number of validation runs.
@@ -185,13 +301,31 @@ class SegmentationDataModule(LightningDataModule, ABC):
 
     def on_before_batch_transfer(self, batch, dataloader_idx: int):
         # Called when a batch is used, not when a worker prepares it: what is prefetched is not counted.
+        self.last_images = image_shape(batch)
         if self.trainer is not None and self.trainer.training:
             self.batches_drawn += 1
+            self.count_replaced(replaced_numbers(batch))
         return batch
 
+    def count_replaced(self, numbers: list[int]) -> None:
+        """Add a batch's numbers to `replaced`.
+
+        Raises:
+            UnreadableFile: too many samples cannot be read.
+        """
+        self.replaced += sum(numbers)
+        draws = self.batches_drawn * len(numbers)
+        if any(numbers) and self.replaced > max(ALWAYS_ALLOWED, MOST_OF_ALL * draws):
+            raise UnreadableFile(
+                f"Too many training samples cannot be read: found {self.replaced} among {draws} draws, and "
+                f"{MOST_OF_ALL:.0%} are allowed. Repair the files that the warnings name, or find all with "
+                "scripts/check_data.py."
+            )
+
     def state_dict(self) -> dict[str, int]:
-        """Batches that training has used: micro-batches, when gradients are accumulated."""
-        return {"batches_drawn": self.batches_drawn}
+        """Batches that training has used (micro-batches, when gradients are accumulated), and `replaced`."""
+        return {"batches_drawn": self.batches_drawn, "replaced": self.replaced}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.batches_drawn = state["batches_drawn"]
+        self.replaced = state.get("replaced", 0)

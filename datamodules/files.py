@@ -59,6 +59,11 @@ class FileDataset(Dataset):
         return len(self.pairs)
 
     @property
+    def image_names(self) -> list[str]:
+        """Paths of the images below the root, in order."""
+        return [pair.image for pair in self.pairs]
+
+    @property
     def label_names(self) -> list[str | None]:
         """Paths of the labels below the root, in order."""
         return [pair.label for pair in self.pairs]

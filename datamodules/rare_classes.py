@@ -203,6 +203,10 @@ class RareClassSamples(TrainingSamples):
         self.pixels = pixels[:, self.classes]
         self.images = [np.flatnonzero(column > options.min_pixels) for column in self.pixels.T]
 
+    def title(self, item: tuple[int, int]) -> str:
+        """Name an item in messages: which image it is shows only when it is drawn."""
+        return f"draw {item[1]}"
+
     def __getitem__(self, item: tuple[int, int]) -> dict:
         seed = sample_seed(self.seed, item[1])
         rng = np.random.default_rng(seed)

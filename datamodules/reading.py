@@ -9,6 +9,13 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+
+class UnreadableFile(ValueError):
+    """A file that is damaged or no image at all; a message to the user, in whatever process it was found."""
+
+    user_error = True
+
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -21,12 +28,13 @@ def _opened(path: Path, kind: str = "image") -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except UnidentifiedImageError:
-        raise ValueError(
+        raise UnreadableFile(
             f"{path} is not an image: Pillow recognises no format in its {path.stat().st_size} bytes. "
             "Replace the file or remove it from the folder."
         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}. Replace the damaged file.") from error
+        message = f"{path} cannot be read as an image: {error}. Replace the damaged file."
+        raise UnreadableFile(message) from error
 
 
 def read_image(path: str | Path, rescale_16_bit: bool = True) -> np.ndarray:
@@ -41,7 +49,8 @@ def read_image(path: str | Path, rescale_16_bit: bool = True) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, damaged or truncated, or holds 16-bit values not to be rescaled.
+        UnreadableFile: the file is no image, damaged or truncated.
+        ValueError: it holds 16-bit values not to be rescaled.
     """
     path = Path(path)
     with _opened(path) as image:
@@ -67,7 +76,8 @@ def read_label(path: str | Path, first_channel: bool = False, mode: str | None =
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image or damaged, or what it holds are no ids of 0..255.
+        UnreadableFile: the file is no image, damaged or truncated.
+        ValueError: what it holds are no ids of 0..255.
     """
     path = Path(path)
     with _opened(path, "label") as image:

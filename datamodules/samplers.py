@@ -1,8 +1,11 @@
 """The order in which training draws its samples: a function of the step, so that a run can be resumed."""
 
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+
+REMEMBERED = 64  # batches; workers prepare two each ahead of their use
 
 
 def sample_seed(seed: int, draw: int) -> int:
@@ -17,6 +20,9 @@ class StepBatchSampler:
     draws s * world_size * batch_size and following, and each rank a disjoint slice of them. A pass over the
     data is `length` draws in a random order of its own (seeded by the run's seed and the number of the pass),
     so the ids in a batch depend on (seed, step, rank, world_size) only, and starting later iterates nothing.
+
+    Attributes:
+        asked: step and ids of the last batches that were asked for, oldest first, for messages.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class StepBatchSampler:
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size, self.start_batch = rank, world_size, start_batch
+        self.asked: deque[tuple[int, list[tuple[int, int]]]] = deque(maxlen=REMEMBERED)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         known_pass, order = -1, np.empty(0)
@@ -49,5 +56,6 @@ class StepBatchSampler:
                         self.length
                     )
                 batch.append((int(order[draw % self.length]), draw))
+            self.asked.append((step, batch))
             yield batch
             step += 1

@@ -13,17 +13,11 @@ import numpy as np
 
 from datamodules.mini_world.scene import SPLITS
 from datamodules.mini_world.shapes import SHAPES
+from functional.classes import MINI_FOLDS, MINI_RESERVE
 
 CATEGORIES: tuple[str, ...] = tuple(SHAPES)
 
-# Four folds of five for few-shot work; no fold trains or tests on the reserve.
-FOLDS: tuple[tuple[str, ...], ...] = (
-    ("car", "tree", "star", "bottle", "bird"),
-    ("house", "fish", "key", "cross", "lamp"),
-    ("mug", "heart", "cat", "ladder", "rocket"),
-    ("umbrella", "boat", "flower", "arrow", "apple"),
-)
-RESERVE: tuple[str, ...] = ("mushroom", "moon", "bell", "chair", "anchor", "butterfly")
+FOLDS, RESERVE = MINI_FOLDS, MINI_RESERVE
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 38, 36),

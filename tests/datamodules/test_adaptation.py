@@ -81,7 +81,7 @@ def test_training_counts_the_batches_that_it_used(tmp_path):
     data = adaptation(num_workers=1)
     module = SourceOnly(TinyNetwork(), "deliver11", lr=1e-2)
     tiny_trainer(tmp_path, 3, enable_checkpointing=False).fit(module, datamodule=data)
-    assert data.state_dict() == {"batches_drawn": 3}
+    assert data.state_dict() == {"batches_drawn": 3, "replaced": 0}
 
 
 def test_different_class_tables_are_an_error():

@@ -56,7 +56,7 @@ def test_without_a_transform_training_sees_the_samples_as_they_are():
 def test_training_goes_on_after_the_batches_of_its_state():
     data = TinyDataModule()
     data.load_state_dict({"batches_drawn": 4})
-    assert data.state_dict() == {"batches_drawn": 4}
+    assert data.state_dict() == {"batches_drawn": 4, "replaced": 0}
     assert_same(first_batches(data, 2), first_batches(TinyDataModule())[4:])
 
 
