@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Literal
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -36,15 +37,23 @@ class ConfusionMatrix(Metric):
         Raises:
             ValueError: a label is neither a class nor 255, or a prediction is no class.
         """
-        check_ids(prediction, label, self.num_classes)
-        ignored = label == IGNORE_INDEX
-        cells = (label * self.num_classes + prediction).masked_fill(ignored, self.num_classes**2)
-        counts = torch.bincount(cells.flatten(), minlength=self.num_classes**2 + 1)
-        self.matrix += counts[:-1].view(self.num_classes, self.num_classes)
+        self.matrix += pixel_counts(prediction, label, self.num_classes)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of the matrix, see matrix_scores."""
         return matrix_scores(self.matrix, self.absent)
+
+
+def pixel_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Confusion matrix [classes, classes] of ids of the same shape; rows are the truth, 255 is left out.
+
+    Raises:
+        ValueError: see ConfusionMatrix.update.
+    """
+    check_ids(prediction, label, num_classes)
+    cells = (label * num_classes + prediction).masked_fill(label == IGNORE_INDEX, num_classes**2)
+    counts = torch.bincount(cells.flatten(), minlength=num_classes**2 + 1)
+    return counts[:-1].view(num_classes, num_classes)
 
 
 def matrix_scores(matrix: Tensor, absent: Literal["skip", "zero"] = "skip") -> dict[str, Tensor]:
@@ -158,3 +167,71 @@ def check_ids(prediction: Tensor, label: Tensor, num_classes: int) -> None:
             f"A {name} holds a class that the table does not: found ids {ids.unique().tolist()} with "
             f"{num_classes} classes. Give labels and network the class table of the model."
         )
+
+
+class FewShotScores(Metric):
+    """Scores of binary masks of episodes, from sums over the episodes of each class.
+
+    Args:
+        class_ids: the data set's ids of the classes that episodes ask for.
+    """
+
+    full_state_update = False
+
+    def __init__(self, class_ids: Sequence[int]):
+        super().__init__()
+        self.class_ids = list(class_ids)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, prediction: Tensor, label: Tensor, class_id: Tensor, episode: Tensor) -> None:
+        """Count the pixels of episodes.
+
+        Args:
+            prediction: masks [B, H, W], 1 is the object.
+            label: true masks [B, H, W], 255 is left out.
+            class_id, episode: class and number of each episode, [B].
+
+        Raises:
+            ValueError: a mask holds something else, or a class is not among those that are scored.
+        """
+        check_ids(prediction, label, 2)
+        if unknown := sorted(set(class_id.tolist()) - set(self.class_ids)):
+            raise ValueError(
+                f"An episode is of a class that is not scored: found the ids {unknown}, known are "
+                f"{self.class_ids}. Give episodes of the fold's novel classes."
+            )
+        cells = [((label == true) & (prediction == found)).sum((1, 2)) for true in (0, 1) for found in (0, 1)]
+        self.rows.append(torch.stack([episode, class_id, *cells], 1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return scores in percent.
+
+        Returns:
+            IoU [classes] of the summed pixels of a class's episodes, NaN for a class without any; mIoU, their
+            mean over the classes that were drawn; FB-IoU, the mean of the IoUs of object and of all else over
+            all episodes; matrix [2, 2] of pixels, rows are the truth; and episodes int64 [N, 6], in the order
+            of their numbers: number, class, and the matrix of each.
+        """
+        rows = torch.cat(self.rows) if isinstance(self.rows, list) else self.rows
+        rows = rows[rows[:, 0].argsort(stable=True)].cpu()
+        # The reference code counts a class that was never drawn as 0; here it is left out, and told.
+        missing = sorted(set(self.class_ids) - set(rows[:, 1].tolist()))
+        if missing:
+            warn(f"No episode asks for the classes {missing}: they do not count in mIoU.", stacklevel=2)
+        ious = torch.stack([binary_ious(rows[rows[:, 1] == c, 2:].sum(0))[1] for c in self.class_ids])
+        ious[[c in missing for c in self.class_ids]] = torch.nan
+        total = rows[:, 2:].sum(0)
+        return {
+            "mIoU": ious.nanmean(),
+            "FB-IoU": binary_ious(total).mean(),
+            "IoU": ious,
+            "matrix": total.view(2, 2),
+            "episodes": rows,
+        }
+
+
+def binary_ious(cells: Tensor) -> Tensor:
+    """IoU in percent of all else and of the object, [2], of a matrix's cells [4]; 0 of an empty union."""
+    wrong = cells[1] + cells[2]
+    correct = cells[[0, 3]].double()
+    return 100 * correct / (correct + wrong).clamp(min=1)

@@ -3,7 +3,8 @@
     python -m scripts.check_data cityscapes=data/cityscapes deliver=data/deliver --workers 8
 
 Faults: images or labels that are missing (by the published numbers), damaged or of the wrong kind; labels of
-another size than their image or with ids that the data set does not have; images that two splits share.
+another size than their image or with ids that the data set does not have; splits without images; two images
+of one name, as x.jpg and x.png; pictures that two splits share. The last line counts them by kind.
 """
 
 import argparse
@@ -17,30 +18,40 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from pathlib import PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
 
 import datamodules
 from config_files import UsageError, nearest, short_errors
+from datamodules.auxiliary import neighbours
 from datamodules.files import FileDataModule, FileDataset, check_sizes
+from datamodules.reading import IMAGE_SUFFIXES, UnreadableFile
 from mistakes import edge_errors
 
 
 @dataclass
 class Found:
-    """What images and labels hold: sizes (height, width), ids, images of more than one colour by hash."""
+    """What images and labels hold: sizes (height, width), ids, images of more than one colour by hash; and
+    (kind, message) of each fault."""
 
     sizes: Counter = field(default_factory=Counter)
     ids: set[int] = field(default_factory=set)
     images: dict[str, str] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
         self.sizes += other.sizes
         self.ids |= other.ids
         self.images |= other.images
         self.faults += other.faults
+
+
+def file_fault(error: Exception, other: str) -> tuple[str, str]:
+    """Kind and message of what is wrong with a file; `other` is the kind where it can be read."""
+    known = {FileNotFoundError: "missing file", UnreadableFile: "damaged file"}
+    return next((kind for cls, kind in known.items() if isinstance(error, cls)), other), str(error)
 
 
 def data_sets() -> dict[str, type[FileDataModule]]:
@@ -59,16 +70,29 @@ def check_sample(dataset: FileDataset, index: int) -> Found:
         if (image != image[0, 0]).any():  # event frames without events are equal without being shared
             found.images[hashlib.sha256(image).hexdigest()] = pair.image
     except (FileNotFoundError, ValueError) as error:
-        found.faults.append(str(error))
+        found.faults.append(file_fault(error, "image of the wrong kind"))
     if pair.label is not None:
         try:
             label = dataset.read_label(index)
             found.ids |= set(np.flatnonzero(np.bincount(label.ravel())).tolist())
-            if image is not None and dataset.same_size:
-                check_sizes(dataset.root, pair, image, label)
         except (FileNotFoundError, ValueError) as error:
-            found.faults.append(str(error))
+            found.faults.append(file_fault(error, "label with unknown ids or of the wrong kind"))
+        else:
+            if image is not None and dataset.same_size:
+                try:
+                    check_sizes(dataset.root, pair, image, label)
+                except ValueError as error:
+                    found.faults.append(("label of another size", str(error)))
     return found
+
+
+def same_names(dataset: FileDataset) -> Iterator[str]:
+    """Tell of files beside the images that differ from one of them in the suffix alone."""
+    names = {str(PurePosixPath(image).with_suffix("")): image for image in dataset.image_names}
+    for file in sorted(neighbours(dataset.root, dataset.image_names).difference(dataset.image_names)):
+        path = PurePosixPath(file)
+        if path.suffix.lower() in IMAGE_SUFFIXES and (image := names.get(str(path.with_suffix("")))):
+            yield f"{dataset.root / file} has the name of {image}, which is read: leave one of the two."
 
 
 def check_split(data: FileDataModule, split: str, pool: Executor) -> tuple[Found, str]:
@@ -80,10 +104,11 @@ def check_split(data: FileDataModule, split: str, pool: Executor) -> tuple[Found
         folders, expected = Counter({"*": len(dataset)}), {"*": sum(expected.values())}
     for folder in sorted({*folders, *expected}):
         if folders[folder] != expected.get(folder, 0):
-            found.faults.append(
-                f"{split}, folder {folder}: found {folders[folder]} images, published are "
-                f"{expected.get(folder, 0)}."
-            )
+            text = f"found {folders[folder]} images, published are {expected.get(folder, 0)}."
+            found.faults.append(("wrong number of images", f"{split}, folder {folder}: {text}"))
+    if not len(dataset):
+        found.faults.append(("empty split", f"{split}: found no {data.root / data.pattern(split)}."))
+    found.faults += [("name of two images", text) for text in same_names(dataset)]
     samples = pool.map(partial(check_sample, dataset), range(len(dataset)))
     title = f"{data.layout.title} {split}"
     for sample in tqdm(samples, total=len(dataset), desc=title, unit="image", disable=None, leave=False):
@@ -94,18 +119,18 @@ def check_split(data: FileDataModule, split: str, pool: Executor) -> tuple[Found
     return found, f"{split}: {len(dataset)} images, sizes {sizes} (published {published}){ids}"
 
 
-def check(data: FileDataModule, pool: Executor) -> Iterator[tuple[str, bool]]:
-    """Check all splits of a data set: the lines of its report, and of each whether it is a fault."""
-    yield f"{data.layout.title} in {data.root}", False
+def check(data: FileDataModule, pool: Executor) -> Iterator[tuple[str, str | None]]:
+    """Check all splits of a data set: the lines of its report, and the kind of those that are a fault."""
+    yield f"{data.layout.title} in {data.root}", None
     splits = {}
     for split in data.layout.images:
         splits[split], line = check_split(data, split, pool)
-        yield f"  {line}", False
-        yield from ((f"  FAULT {fault}", True) for fault in splits[split].faults)
+        yield f"  {line}", None
+        yield from ((f"  FAULT {text}", kind) for kind, text in splits[split].faults)
     for (one, first), (other, second) in combinations(splits.items(), 2):
         for digest in sorted(first.images.keys() & second.images.keys()):
             paths = f"{first.images[digest]} ({one}) and {second.images[digest]} ({other})"
-            yield f"  FAULT {paths} show the same picture: splits must not overlap.", True
+            yield f"  FAULT {paths} show the same picture: splits must not overlap.", "picture in two splits"
 
 
 def arguments(argv: list[str] | None, doc: str, option: str, meaning: str) -> argparse.Namespace:
@@ -135,14 +160,15 @@ def named_folders(words: list[str], known: Collection[str]) -> Iterator[tuple[st
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv, __doc__, "--rescale-16-bit", "accept images of 16 bits")
-    known, faults = data_sets(), 0
+    known, faults = data_sets(), Counter()
     with edge_errors(), ThreadPoolExecutor(args.workers) as pool:
         for name, root in named_folders(args.sets, known):
             data = known[name](root, rescale_16_bit=args.rescale_16_bit)
-            for line, is_fault in check(data, pool):
+            for line, kind in check(data, pool):
                 print(line)
-                faults += is_fault
-    print(f"{faults} faults" if faults else "no faults")
+                faults.update([kind] if kind else [])
+    kinds = ", ".join(f"{kind} ({number})" for kind, number in sorted(faults.items()))
+    print(f"{faults.total()} faults: {kinds}" if faults else "no faults")
     if faults:
         raise SystemExit(1)
 

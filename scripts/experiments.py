@@ -20,8 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from callbacks.run_record import write_atomically
-from cli import SegmentationCLI, differences
-from config_files import UsageError, read_yaml, short_errors
+from cli import SegmentationCLI
+from config_files import UsageError, differences, read_yaml, short_errors
 from scripts.table import read_scores, table
 
 Plan = dict[str, dict[str, str]]

@@ -74,7 +74,11 @@ def test_all_faults_are_in_one_report(fmb, capsys):
         "train/Infrared/00001.png (train) and test/Infrared/00005.png (test) show the same picture",
     ):
         assert expected in faults
-    assert faults.count("FAULT") == 7 and lines[-1] == "7 faults"
+    assert faults.count("FAULT") == 7 and lines[-1] == (
+        "7 faults: damaged file (1), image of the wrong kind (1), label of another size (1), label with "
+        "unknown ids or of the wrong kind (1), missing file (1), picture in two splits (1), wrong number of "
+        "images (1)"
+    )
 
 
 def test_sixteen_bit_images_can_be_accepted(fmb, capsys):
@@ -105,8 +109,19 @@ def test_incomplete_sets_are_told_by_folder_and_an_empty_one_too(tmp_path, capsy
     assert "  FAULT train, folder fog: found 0 images, published are 795." in lines
     assert "  FAULT val, folder val: found 2 images, published are 500." in lines
     assert "  FAULT test, folder Infrared: found 0 images, published are 280." in lines
+    assert f"  FAULT test: found no {tmp_path}/fmb/test/Infrared/*.png." in lines
     folders = sum(len(part) for part in DeliverDataModule.layout.counts.values())
-    assert lines[-1] == f"{folders + len(CityscapesDataModule.layout.counts) + 2} faults"
+    numbers = folders + len(CityscapesDataModule.layout.counts) + 2
+    assert lines[-1] == f"{numbers + 2} faults: empty split (2), wrong number of images ({numbers})"
+
+
+def test_two_images_of_one_name_are_told_and_files_of_other_kinds_are_not(fmb, capsys):
+    write_png(fmb / "train/Infrared/00001.JPG.png", np.zeros((4, 4), np.uint8))
+    (fmb / "train/Infrared/00001.JPG.png").rename(fmb / "train/Infrared/00001.JPG")
+    (fmb / "train/Infrared/00002.txt").write_text("notes")
+    lines = report(capsys, f"fmb={fmb}")
+    assert lines[-1] == "1 faults: name of two images (1)"
+    assert f"{fmb}/train/Infrared/00001.JPG has the name of train/Infrared/00001.png" in "\n".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from datamodules.mini_world.captions import VOCABULARY
-from scripts.mini_diffusion.latents import Latents, cached_latents, encode, tokenize
+from scripts.mini_diffusion.latents import Latents, cached, cached_latents, encode, tokenize
 from scripts.mini_diffusion.layout import (
     build_text_encoder,
     build_tokenizer,
@@ -246,6 +246,22 @@ def test_latents_are_encoded_again_for_another_autoencoder_or_other_scenes(tmp_p
     monkeypatch.setattr("scripts.mini_diffusion.scenes.OBJECT_CAPTIONS", 2)
     cached_latents(vae, tokenizer, path, 3, "cpu")
     assert drawn == [2, 3, 3, 3]
+
+
+def test_latents_whose_building_was_broken_off_are_built_again(tmp_path, monkeypatch):
+    """F28."""
+    path = tmp_path / "latents.pt"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(path, "key", stop)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", lambda state, file: file.write_bytes(b"half") and stop())
+        cached(path, "key", dict)
+    assert not path.exists()
+    assert cached(path, "key", lambda: {"a": 1}) == cached(path, "key", stop) == {"a": 1}
 
 
 @pytest.mark.slow
