@@ -1,11 +1,11 @@
-# make demo | test | test-slow | lint: each sets up .venv first, and only when the pinned set has changed.
+# make demo | test | test-slow | test-slurm | lint: each sets up .venv first, and only when the pinned set has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo test test-slow lint setup
+.PHONY: demo test test-slow test-slurm lint setup
 
 setup: $(STAMP)
 
@@ -28,10 +28,14 @@ demo: $(STAMP)
 	@echo "and more in $(DEMO)/pictures, $(DEMO)/test/own-best/pictures and $(DEMO)/predictions (legend.png)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not cuda"
+	$(BIN)/python -m pytest -m "not slow and not cuda and not slurm"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not cuda"
+
+# As root on Debian: installs SLURM where it is missing, starts two nodes on this machine, and stops them.
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
-"""The command line: one subclass of LightningCLI, the run folder, and models built from what a run left."""
+"""The command line: one subclass of LightningCLI, and models built from what a run left."""
 
 import importlib
 import json
+import os
 import secrets
-import shutil
+import signal
 import sys
 import tempfile
 from argparse import ArgumentError
@@ -20,16 +21,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from callbacks.checkpoints import Checkpoints
-from callbacks.loggers import MetricsCSV, WandbRun
+from callbacks.checkpoints import Checkpoints, SaveError
+from callbacks.failures import WorkerErrors, describe
+from callbacks.finite import Finite, NotFiniteError
+from callbacks.loggers import MetricsCSV, WandbRun, experiment_name
 from callbacks.predictions import Predictions
+from callbacks.preemption import SIGNALS, Preempted, Preemption
 from callbacks.progress import Progress
-from callbacks.run_record import REDACTED, RunRecord, redact, redact_command, secret_values
-from config_files import UsageError, config_paths, parse_yaml, read_yaml
+from callbacks.run_record import RunRecord, redact_command
+from config_files import RunFailed, UsageError, config_paths, parse_yaml, read_yaml
+from lightning_modules.batch_norm import SyncBatchNorm
 from mistakes import edge_errors, explain
+from run_folder import RunLock, check_unchanged, checkpoint_path, load_checkpoint, open_run_folder
 
-RUN_FILES = ("config_as_given.yaml", "config.yaml", "run.json", "metrics.json", "metrics.md", "metrics.csv")
-RUN_FOLDERS = ("checkpoints", "pictures", "wandb", "test", "predictions")
 # A step is the clock: the loaders never end, so there are no epochs; and their samplers know the ranks.
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -51,6 +55,15 @@ class SegmentationCLI(LightningCLI):
     def __init__(self, args: list[str], build: bool = True):
         self.build = build
         self.args = args
+        self.lock: RunLock | None = None
+        try:
+            self.parse_and_build()
+        except BaseException:
+            self.release()
+            raise
+
+    def parse_and_build(self) -> None:
+        """Do all that LightningCLI does when it is made."""
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -60,11 +73,16 @@ class SegmentationCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False},
-            args=args,
+            args=self.args,
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def release(self) -> None:
+        """Let others use the run folder."""
+        if self.lock is not None:
+            self.lock.release()
 
     def add_arguments_to_parser(self, parser) -> None:
         """Add the run folder, wandb and the callbacks that every run has; each is a section of the YAML."""
@@ -75,6 +93,12 @@ class SegmentationCLI(LightningCLI):
             "--resume", action="store_true", help="go on from the last checkpoint of the folder"
         )
         parser.add_argument("--overwrite", action="store_true", help="delete the run that the folder holds")
+        parser.add_argument(
+            "--data_faults",
+            type=Literal["error", "skip"],
+            default="error",
+            help="of training samples that cannot be read: error, or skip puts others in their place",
+        )
         modes = Literal["auto", "online", "offline", "disabled"]
         parser.add_argument(
             "--wandb.mode", type=modes, default="auto", help="auto: online with a key, else offline"
@@ -85,7 +109,12 @@ class SegmentationCLI(LightningCLI):
             "--wandb.name", type=str | None, default=None, help="default: name of the run folder"
         )
         parser.add_argument("--wandb.tags", type=list[str], default=[])
+        parser.add_argument(
+            "--wandb.group", type=str | None, default=None, help="default: run folder without its seed"
+        )
+        parser.add_argument("--wandb.job_type", type=str, default="train")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Finite, "finite")
         parser.add_lightning_class_args(Predictions, "predictions")
         parser.add_lightning_class_args(Progress, "progress")
 
@@ -97,11 +126,13 @@ class SegmentationCLI(LightningCLI):
             known = list(parser.get_defaults().keys())
             raise UsageError(explain(str(error), known, args)) from None
 
-    def before_instantiate_classes(self) -> None:
-        """Open the run folder, before any class is built."""
-        if not self.build:
-            return
-        trainer, paths = self.config.trainer, config_paths(self.args)
+    def check_trains(self) -> None:
+        """Refuse what no training can come of.
+
+        Raises:
+            UsageError: the method does not train, the run would never end, or keep no checkpoints.
+        """
+        trainer = self.config.trainer
         module, _, name = self.config.model.class_path.rpartition(".")
         if not getattr(getattr(importlib.import_module(module), name), "trains", True):
             raise UsageError(
@@ -118,6 +149,18 @@ class SegmentationCLI(LightningCLI):
                 "trainer.enable_checkpointing (given: false): a run always keeps its checkpoints.\n"
                 "Leave it out; --trainer.fast_dev_run true tries a run and keeps nothing."
             )
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run folder, before any class is built."""
+        if not self.build:
+            return
+        self.check_trains()
+        trainer, paths = self.config.trainer, config_paths(self.args)
+        if str(trainer.strategy).startswith("fsdp"):
+            raise UsageError(
+                f"trainer.strategy {trainer.strategy} is Lightning's, which does not know these methods.\n"
+                "Add --config conf/fsdp.yaml instead."
+            )
         self.folder = Path(self.config.output or Path("runs") / (paths[0].stem if paths else "unnamed"))
         if trainer.fast_dev_run:
             if self.config.resume or self.config.overwrite:
@@ -127,7 +170,8 @@ class SegmentationCLI(LightningCLI):
                 )
             self.trial = tempfile.TemporaryDirectory()  # after an exception, deleted with this object
             self.folder = Path(self.trial.name)
-        self.checkpoint = open_run_folder(self.folder, self.config.resume, self.config.overwrite)
+        self.lock = RunLock(self.folder)
+        self.checkpoint = open_run_folder(self.lock, self.config.resume, self.config.overwrite)
         if trainer.val_check_interval is None and trainer.max_steps > 0:
             trainer.val_check_interval = max(1, trainer.max_steps // 10) * trainer.accumulate_grad_batches
         elif isinstance(trainer.val_check_interval, int) and trainer.max_steps > 0:
@@ -153,6 +197,7 @@ class SegmentationCLI(LightningCLI):
             step = checkpoint["global_step"]
             if 0 < self.config.trainer.max_steps <= step:
                 self.finished_at = step
+                self.unvalidated = checkpoint["callbacks"]["Checkpoints"]["validation_due"]
                 return
         with edge_errors():
             super().instantiate_classes()
@@ -165,22 +210,34 @@ class SegmentationCLI(LightningCLI):
         self.record = record = RunRecord(self.folder, given, config, command, seed, wandb_id)
         # From this text test.py and predict.py build the model again.
         self.config_init.checkpoints.config_text = record.config
-        loggers, extra = [], [record]
+        loggers, extra = [], [record, Preemption(), WorkerErrors()]
         if self.config.trainer.logger is not False:
             loggers = [MetricsCSV(self.folder), *self._wandb_runs(record)]
             extra.append(LearningRateMonitor("step"))
         if self.config.trainer.enable_progress_bar is False:
             self.parser.callback_keys.remove("progress")
         self.trainer_defaults = {**TRAINER_DEFAULTS, "callbacks": extra}
+        if self.config.trainer.sync_batchnorm:
+            kwargs["plugins"] = [*(self.config_init.trainer.plugins or []), SyncBatchNorm()]
         return super().instantiate_trainer(logger=loggers, default_root_dir=str(self.folder), **kwargs)
 
     def fit(self) -> None:
         """Train; what data and weights complain about before the first step is shown without a traceback."""
         check_classes(self.model, self.datamodule)
-        with edge_errors(over=lambda: self.record.begun):
-            self.trainer.fit(
-                self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True
-            )
+        self.datamodule.unreadable = self.config.data_faults
+        try:
+            with edge_errors(over=lambda: self.record.begun):
+                self.trainer.fit(
+                    self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint, weights_only=True
+                )
+        except UsageError:
+            raise
+        except (SaveError, NotFiniteError) as error:
+            raise RunFailed(str(error)) from error
+        except Exception as error:
+            if (told := describe(error, self.trainer)) is None:
+                raise
+            raise RunFailed(told) from error
 
     def resolved(self) -> dict:
         """Return the resolved config as plain data, without what only steers the start."""
@@ -191,7 +248,7 @@ class SegmentationCLI(LightningCLI):
         try:
             return json.loads((self.folder / "run.json").read_text("utf-8"))["wandb_id"]
         except (OSError, ValueError, KeyError):
-            return secrets.token_hex(4)
+            return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
     def _wandb_runs(self, record: RunRecord) -> list[WandbRun]:
         config = yaml.safe_load(record.config)  # redacted
@@ -199,136 +256,57 @@ class SegmentationCLI(LightningCLI):
         if options["mode"] == "disabled":
             return []
         options["name"] = options["name"] or self.folder.name
+        options["group"] = options["group"] or experiment_name(self.folder, record.run["seed"])
         hide_command = redact_command(sys.argv, record.secrets) != sys.argv
         run_id = record.run["wandb_id"]
         return [WandbRun(self.folder, **options, run_id=run_id, config=config, hide_command=hide_command)]
 
 
 def train(args: list[str]) -> None:
-    """Run one training from the words of a command line."""
-    command = SegmentationCLI(args)
+    """Run one training from the words of a command line.
+
+    A SIGUSR1 that comes while models are loaded is obeyed after the first step; other signals end the process
+    then, since nothing would be lost.
+
+    Raises:
+        SystemExit: the run was stopped by a signal, see callbacks.preemption.EXIT_CODES.
+    """
+    SIGNALS.listen([signal.SIGUSR1])
+    command = None
+    try:
+        command = SegmentationCLI(args)
+        run(command)
+    except Preempted as stop:
+        if rank_zero_only.rank == 0:
+            print(f"The run was {stop}. Go on with it by the same command and --resume.")
+        # A launcher takes the others' code for a failure, and would end the first process half-way.
+        raise SystemExit(stop.exit_code if rank_zero_only.rank == 0 else 0) from None
+    finally:
+        SIGNALS.restore()
+        if command is not None:
+            command.release()
+
+
+def run(command: SegmentationCLI) -> None:
+    """Train, unless the run has reached its last step already."""
     if command.finished_at is not None:
         print(
             f"{command.folder} has already finished: step {command.finished_at} is its last. "
             "Raise trainer.max_steps to go on."
         )
+        if command.unvalidated:
+            print(
+                "This checkpoint does not know its last validation: score it by "
+                f"`python test.py {command.folder}`."
+            )
         return
     command.fit()
     if command.config.trainer.fast_dev_run:
         command.trial.cleanup()
         print("The trial (trainer.fast_dev_run) went through. Nothing was kept.")
         return
-    print(f"The run is in {command.folder}: metrics.md, metrics.json, checkpoints, pictures.")
-
-
-# --- run folder and checkpoints
-
-
-def open_run_folder(folder: Path, resume: bool, overwrite: bool) -> Path | None:
-    """Make a folder ready for a run and return the checkpoint to go on from (None: a fresh start).
-
-    Raises:
-        UsageError: the folder holds a run and neither option is given, both are, or it cannot be written.
-    """
-    held = [name for name in (*RUN_FILES, *RUN_FOLDERS) if (folder / name).exists()]
-    if resume and overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite deletes it: give one of the two.")
-    if rank_zero_only.rank == 0:  # the other ranks may come when the first has begun to write
-        if held and not (resume or overwrite):
-            raise UsageError(
-                f"the folder {folder} holds a run ({', '.join(held[:3])}).\n"
-                "Add --resume to go on with it, --overwrite to delete it, or --output DIR for another folder."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
-        except OSError as error:
-            raise UsageError(
-                f"the run folder {folder} cannot be written: {error}.\nChoose another by --output DIR."
-            ) from None
-        for path in (folder / name for name in held if overwrite):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    saved = sorted((folder / "checkpoints").glob("*.ckpt"))
-    if not resume or not saved:
-        return None
-    return checkpoint_path(folder, "last")
-
-
-def differences(old, new, key: str = "") -> list[tuple[str, object, object]]:
-    """List (key, old value, new value) wherever two nested configs differ; an absent value is "nothing"."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [(key, old, new)]
-    found = []
-    for name in {**old, **new}:
-        path = f"{key}.{name}" if key else str(name)
-        found += differences(old.get(name, "nothing"), new.get(name, "nothing"), path)
-    return found
-
-
-def check_unchanged(old: dict, new: dict) -> None:
-    """Refuse to resume with another model, other training data or another seed.
-
-    The checkpoint's optimiser and schedule would bring back the old rates, and the samples drawn so far would
-    be counted by another batch size, while the run's record says otherwise.
-
-    Args:
-        old: resolved config of the checkpoint, without secrets.
-        new: resolved config of the command.
-
-    Raises:
-        UsageError: names what differs.
-    """
-    new = redact(new, secret_values(new))
-    old, new = ({k: c.get(k) for k in ("seed_everything", "model", "data")} for c in (old, new))
-    changed = []
-    for key, before, now in differences(old, new):
-        parts = key.split(".")
-        only_evaluation = parts[0] == "data" and any(part.startswith("eval_") for part in parts)
-        only_speed = parts[0] == "data" and parts[-1] == "num_workers"
-        if not (only_evaluation or only_speed or REDACTED in f"{before}{now}"):
-            changed.append(f"{key} ({str(before)[:60]!r} -> {str(now)[:60]!r})")
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UsageError(
-            "--resume goes on with the options that the run began with, but found others now:\n"
-            f"{', '.join(changed[:3])}{more}.\n"
-            "Leave these changes out, or start another run with --output DIR."
-        )
-
-
-def checkpoint_path(run: Path, which: str | None) -> Path:
-    """Return a checkpoint of a run folder: "best", "last", a path, or None for the best, else the last.
-
-    Raises:
-        UsageError: there is no such file; names those that exist.
-    """
-    folder = run / "checkpoints"
-    if which is None:
-        which = "best" if (folder / "best.ckpt").is_file() else "last"
-    path = folder / f"{which}.ckpt" if which in ("best", "last") else Path(which)
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in folder.glob("*.ckpt"))) or "none"
-        raise UsageError(f"there is no checkpoint {path}.\nThe run folder {run} holds: {found}.")
-    return path
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint without running code from it.
-
-    Raises:
-        UsageError: the file is damaged, or holds more than tensors and plain values, or no config.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}.") from None
-    except Exception as error:  # zip, pickle and end-of-file errors have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"the checkpoint {path} cannot be read safely: {reason}.") from None
-    if not isinstance(checkpoint, dict) or not {"config", "classes", "state_dict"} <= checkpoint.keys():
-        raise UsageError(f"{path} is no checkpoint of this project: it lacks config, classes or state_dict.")
-    return checkpoint
+    if rank_zero_only.rank == 0:
+        print(f"The run is in {command.folder}: metrics.md, metrics.json, checkpoints, pictures.")
 
 
 def build(config: dict) -> tuple[LightningModule | None, LightningDataModule | None]:

@@ -16,11 +16,21 @@ class UsageError(ValueError):
     """A mistake in a command or a config; the message says what is wrong, what was found and what to do."""
 
 
+class RunFailed(Exception):
+    """A run could not go on, for a reason that its message explains better than a traceback."""
+
+
 @contextmanager
 def short_errors():
-    """Inside the block a UsageError ends the program with three lines at most and exit code 2."""
+    """Inside the block a UsageError ends the program with three lines at most and exit code 2.
+
+    A RunFailed ends it with its message and exit code 1.
+    """
     try:
         yield
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except UsageError as error:
         print("error: " + "\n".join(str(error).splitlines()[:3]), file=sys.stderr)
         raise SystemExit(2) from None
@@ -143,3 +153,14 @@ def check_configs(args: list[str]) -> None:
         )
     for path in paths:
         read_yaml(path)
+
+
+def differences(old, new, key: str = "") -> list[tuple[str, object, object]]:
+    """List (key, old value, new value) wherever two nested configs differ; an absent value is "nothing"."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(key, old, new)]
+    found = []
+    for name in {**old, **new}:
+        path = f"{key}.{name}" if key else str(name)
+        found += differences(old.get(name, "nothing"), new.get(name, "nothing"), path)
+    return found

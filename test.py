@@ -31,7 +31,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="default: RUN_DIR/test, or runs/<config name>/test")
     parser.add_argument("--devices", type=int, default=1, help="processes, one per GPU or on a CPU")
-    parser.add_argument("--pictures", type=int, default=8, help="images of each set to draw")
+    parser.add_argument("--pictures", type=int, default=8, help="first and worst images of each set to draw")
     pair = {"type": int, "nargs": 2, "metavar": ("H", "W")}
     parser.add_argument("--window", **pair, help="see images in windows of this size (default: whole)")
     parser.add_argument("--window-stride", **pair, help="step between windows (default: half the window)")
@@ -95,7 +95,7 @@ def score(
     from lightning.pytorch import Trainer, seed_everything
 
     from callbacks.pictures import TestPictures
-    from callbacks.run_record import nest_metrics, write_metrics
+    from callbacks.run_record import nest_metrics, write_atomically, write_metrics
     from cli import check_classes
     from functional.sliding_window import segment_image
     from mistakes import edge_errors
@@ -127,6 +127,8 @@ def score(
         **nest_metrics(trainer.callback_metrics, "test"),
     }
     write_metrics(folder, {"test": found})
+    for name, text in model.details().items():
+        write_atomically(folder / name, text)
     return found
 
 

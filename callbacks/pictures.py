@@ -176,14 +176,15 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 
 
 class TestPictures(Callback):
-    """Draws the first images of each test set with truth and prediction, and its confusion matrix.
+    """Draws the first and the worst images of each test set with truth and prediction; confusion matrices.
 
-    It asks the LightningModule for `matrices`, the confusion matrix of each set, and that `test_step` returns
-    class ids [B, H, W].
+    It asks the LightningModule for `matrices`, the confusion matrix of each set, for `image_rows` that end
+    with set, name and score of each image of the batch, and that `test_step` returns class ids [B, H, W]. Of
+    several processes the first draws the worst of its share.
 
     Args:
         folder: where the pictures go.
-        per_set: images of each set to draw.
+        per_set: images of each set to draw, from its start and again from those with the lowest scores.
         names, colors: of the classes.
     """
 
@@ -191,21 +192,32 @@ class TestPictures(Callback):
 
     def __init__(self, folder: str | Path, per_set: int, names: Sequence[str], colors: Colors):
         self.folder, self.per_set, self.names, self.colors = Path(folder), per_set, names, colors
-        self.drawn: dict[int, int] = {}
+        self.seen: dict[str, int] = {}
+        self.worst: dict[str, list] = {}  # by set: score, name, image, truth and prediction, lowest first
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        """Draw images of this batch while the set has not had its share."""
-        wanted = self.per_set - self.drawn.get(dataloader_idx, 0)
-        if wanted <= 0 or not trainer.is_global_zero:
+        """Draw images of this batch while the set has not had its share, and keep the worst."""
+        if not self.per_set or not trainer.is_global_zero:
             return
-        for i in range(min(wanted, len(outputs))):
+        for i, (set_name, name, score) in enumerate(pl_module.image_rows[-len(outputs) :]):
+            seen, worst = self.seen.get(set_name, 0), self.worst.setdefault(set_name, [])
+            self.seen[set_name] = seen + 1
+            if seen >= self.per_set and not (len(worst) < self.per_set or score < worst[-1][0]):
+                continue
             truth, prediction = (ids[i].cpu().numpy().astype(np.uint8) for ids in (batch["label"], outputs))
-            picture = comparison(to_uint8(batch["image"][i]), truth, prediction, self.names, self.colors)
-            self._save(picture, f"{list(pl_module.matrices)[dataloader_idx]}-{batch['name'][i]}")
-        self.drawn[dataloader_idx] = self.drawn.get(dataloader_idx, 0) + min(wanted, len(outputs))
+            shown = to_uint8(batch["image"][i]), truth, prediction
+            if seen < self.per_set:
+                self._save(comparison(*shown, self.names, self.colors), f"{set_name}-{name}")
+            if score == score:  # an image without labels has none
+                worst.append((score, name, *shown))
+                worst.sort(key=lambda kept: kept[:2])
+                del worst[self.per_set :]
 
     def on_test_end(self, trainer, pl_module) -> None:
-        """Draw one confusion matrix for each set."""
+        """Draw the worst images, and one confusion matrix for each set."""
+        for set_name, worst in self.worst.items():
+            for _, name, *shown in worst:
+                self._save(comparison(*shown, self.names, self.colors), f"{set_name}-{name}")
         for name, scores in pl_module.matrices.items() if trainer.is_global_zero else ():
             self._save(confusion_picture(scores.compute()["matrix"].numpy(), self.names), f"confusion-{name}")
 

@@ -7,7 +7,9 @@ import platform
 import re
 import shlex
 import subprocess
+import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,24 +17,17 @@ from pathlib import Path
 import yaml
 from lightning.pytorch import Callback
 
+from callbacks.provenance import device_state, list_hashes
+from functional.fingerprint import weights_sha256
+
 LIBRARIES = [
-    "torch",
-    "lightning",
-    "torchmetrics",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "xformers",
-    "safetensors",
-    "albumentations",
-    "opencv-python-headless",
-    "numpy",
-    "pillow",
-    "omegaconf",
-    "jsonargparse",
-    "wandb",
+    *("torch", "lightning", "torchmetrics", "diffusers", "transformers", "accelerate", "xformers"),
+    *("safetensors", "albumentations", "opencv-python-headless", "numpy", "pillow"),
+    *("omegaconf", "jsonargparse", "wandb"),
 ]
 REDACTED = "REDACTED"
+# What wandb shows of run.json, beside the config.
+SHOWN = ("git", "data_lists", "weights", "versions", "gpu_driver", "gpus", "determinism", "world_size")
 
 
 def is_secret(name: str) -> bool:
@@ -116,11 +111,17 @@ def redact_command(words: list[str], secrets: Iterable[str] = ()) -> list[str]:
     return clean
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new one, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def git_state(folder: Path) -> dict:
@@ -222,7 +223,12 @@ def write_metrics(folder: Path, latest: dict) -> None:
 
 
 class RunRecord(Callback):
-    """Keeps the record of a training run in its folder; only the first rank writes.
+    """Keeps the record of a training run in its folder, and shows it in wandb; only the first rank writes.
+
+    Beside configs, versions, git state and status it holds hashes, by which two runs are known to have begun
+    with the same data lists and weights: of the frozen ones by part, once the first checkpoint has computed
+    them, and one of all others before the first step. It asks the LightningModule for `frozen_parameters()`
+    and `frozen_digests`.
 
     Args:
         folder: the run folder.
@@ -262,6 +268,7 @@ class RunRecord(Callback):
         }
         self.latest: dict = {}
         self.begun = False  # whether a first batch has been asked for
+        self.weights: dict = {}
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         """Write configs and run.json before the first step; a resumed run keeps what was there."""
@@ -272,6 +279,12 @@ class RunRecord(Callback):
         if earlier:
             kept = ("started", "ended", "status", "command", "git")
             self.run["earlier"] = [*earlier.get("earlier", []), {k: earlier.get(k) for k in kept}]
+        if any((self.folder / "checkpoints").glob("*.ckpt")):  # the run goes on
+            self.weights = earlier.get("weights", {})
+        else:
+            frozen = pl_module.frozen_parameters()
+            learned = {name: w for name, w in pl_module.state_dict().items() if name not in frozen}
+            self.weights = {"initial": weights_sha256(learned)}
         self.latest = _read_json(self.folder / "metrics.json")
         write_atomically(self.folder / "config_as_given.yaml", self.config_given)
         write_atomically(self.folder / "config.yaml", self.config)
@@ -279,17 +292,25 @@ class RunRecord(Callback):
         self.run |= {
             "devices": devices or [str(trainer.strategy.root_device)],
             "world_size": trainer.world_size,
+            **device_state(),
         }
         self._write_run(trainer, "running")
 
     def on_train_start(self, trainer, pl_module) -> None:
-        """Note that data and weights have passed their checks."""
+        """Note that data and weights have passed their checks, and what data there is."""
         self.begun = True
+        if trainer.is_global_zero:
+            names = trainer.datamodule.val_set_names if trainer.val_dataloaders else []
+            loaders = dict(zip((f"val/{name}" for name in names), trainer.val_dataloaders or [], strict=True))
+            loaders = {"train": trainer.train_dataloader, **loaders}
+            self.run["data_lists"] = list_hashes({name: each.dataset for name, each in loaders.items()})
+            self._write_run(trainer, "running")
 
     def on_validation_end(self, trainer, pl_module) -> None:
         """Keep the latest validation."""
         if not trainer.sanity_checking:
             self._keep_metrics(trainer, "val")
+            self._write_run(trainer, "running")
 
     def on_test_end(self, trainer, pl_module) -> None:
         """Keep the latest test."""
@@ -301,23 +322,54 @@ class RunRecord(Callback):
         self._write_run(trainer, "finished" if done else "stopped")
 
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        """Mark the run as interrupted or failed, with the first line of the reason."""
+        """Mark the run as stopped by a signal, interrupted, or failed with the first line of the reason."""
         reason = (str(exception).splitlines() or [""])[0]
-        by_user = isinstance(exception, KeyboardInterrupt)
-        status = "interrupted" if by_user else f"failed: {type(exception).__name__}: {reason}"
+        signal = getattr(exception, "signal_name", None)
+        status = f"failed: {type(exception).__name__}: {reason}"
+        if signal is not None:
+            status = f"stopped by {signal}"
+        elif isinstance(exception, KeyboardInterrupt):
+            status = "interrupted"
         self._write_run(trainer, redact_text(status, self.secrets))
+        if signal == "SIGUSR1":  # the one after which the job is queued again
+            for logger in self._wandb_runs(trainer):
+                logger.mark_preempting()
 
     def _keep_metrics(self, trainer, stage: str) -> None:
         nested = nest_metrics(trainer.callback_metrics, stage)
         if trainer.is_global_zero and (nested["sets"] or nested["mean"]):
             self.latest[stage] = {"step": trainer.global_step, **nested}
-            write_metrics(self.folder, self.latest)
+            with a_failure_is_a_warning():
+                write_metrics(self.folder, self.latest)
 
     def _write_run(self, trainer, status: str) -> None:
         if trainer.is_global_zero and self.folder.is_dir():
             ended = None if status == "running" else _now()
-            self.run |= {"status": status, "step": trainer.global_step, "ended": ended}
-            write_atomically(self.folder / "run.json", json.dumps(self.run, indent=2) + "\n")
+            # The frozen weights are hashed by the first checkpoint, and only there.
+            frozen = getattr(trainer.lightning_module, "frozen_digests", {})
+            self.weights |= {"frozen": frozen} if frozen else {}
+            self.run |= {
+                "status": status,
+                "step": trainer.global_step,
+                "ended": ended,
+                "weights": self.weights,
+            }
+            with a_failure_is_a_warning():
+                write_atomically(self.folder / "run.json", json.dumps(self.run, indent=2) + "\n")
+            for logger in self._wandb_runs(trainer):
+                logger.show({key: self.run[key] for key in SHOWN if key in self.run})
+
+    def _wandb_runs(self, trainer) -> list:
+        return [logger for logger in trainer.loggers if hasattr(logger, "show")]
+
+
+@contextmanager
+def a_failure_is_a_warning():
+    """Let a run outlive a full disk: what the record lacks then is in its checkpoints."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"The record of the run could not be written: {error}. The run goes on.", stacklevel=4)
 
 
 def _now() -> str:

@@ -1,26 +1,38 @@
 """What every method shares: parameter groups, schedule, scores by set, checkpoints without frozen weights."""
 
+import csv
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import StringIO
 from math import prod
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
 from functional.classes import ClassTable, class_subset, class_table
 from functional.fingerprint import weights_sha256
+from functional.gradients import gradient_norm, trained
 from functional.sliding_window import Predict, segment_image
-from lightning_modules.metrics import ConfusionMatrix
+from lightning_modules.metrics import ConfusionMatrix, matrix_scores, pixel_counts
 
 NORMALISATIONS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
 )
+
+OPTIMIZERS: dict[str, Callable[[list[dict]], torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
 
 
 def parameter_groups(
@@ -122,17 +134,22 @@ class SegmentationModule(LightningModule, ABC):
     Args:
         network: plain module, image to logits.
         classes: name of the class table; or words, which make a table of their own.
-        lr: base learning rate of AdamW.
-        weight_decay: decoupled weight decay.
+        lr: base learning rate.
+        weight_decay: of the optimiser.
         schedule: (step, max_steps) -> multiplier of the learning rates; None keeps them constant.
         lr_multipliers: factor of the learning rate by part of a parameter's name, such as {"head": 10}.
         decay_norm_and_bias: whether weight decay also pulls on normalisation layers and biases.
         class_subsets: names of subsets of the classes over which the mean IoU is logged as well, such as
             "synthia16", see functional.classes.class_subset; predictions are among all classes.
+        optimizer: "adamw" decouples weight decay; "adam" and "sgd", which has momentum .9, add it to the
+            gradient.
     """
 
     trains = True  # train.py refuses a method that does not
-    more_scores: tuple[str, ...] = ()  # what a subclass's metric of a set gives and is logged as well
+    # Methods of the network, beside its forward, by which training runs it; None: FSDP cannot shard it.
+    sharded_calls: tuple[str, ...] | None = None
+    mean_scores: tuple[str, ...] = ("mIoU",)  # of a set's metric, and their mean over sets, are logged
+    scores: tuple[str, ...] = ("fwIoU", "aAcc", "mAcc")  # of a set's metric, are logged by set only
 
     def __init__(
         self,
@@ -144,16 +161,22 @@ class SegmentationModule(LightningModule, ABC):
         lr_multipliers: dict[str, float] | None = None,
         decay_norm_and_bias: bool = True,
         class_subsets: Sequence[str] = (),
+        optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
     ):
         super().__init__()
+        self.optimizer_name = optimizer
         self.network, self.classes = network, class_table(classes)
         # As a hook because training rules call the network in their own ways.
-        network.register_forward_hook(partial(check_channels, num_classes=len(self.classes)))
+        check = partial(check_channels, num_classes=len(self.classes))
+        self.channel_check = network.register_forward_hook(check)
         self.lr, self.weight_decay, self.schedule = lr, weight_decay, schedule
         self.lr_multipliers, self.decay_norm_and_bias = lr_multipliers or {}, decay_norm_and_bias
         self.subsets = subset_ids(self.classes, class_subsets)
         self.matrices: dict[str, Metric] = {}  # of the running or latest validation or test, by set
+        self.image_rows: list[tuple[str, str, float]] = []  # set, name, score of each image of a test
         self.frozen_digests: dict[str, str] = {}
+        self.gradient_norm: Tensor | None = None  # of the coming step, once it has been measured
+        self.step_skipped = False  # whether the latest step was left out, because its gradient was not finite
         # How the images of a batch are predicted and scored: whole, until a command sets another way.
         self.protocol: Callable[[Predict, Tensor], Tensor] = segment_image
 
@@ -167,9 +190,10 @@ class SegmentationModule(LightningModule, ABC):
         """Return the loss of a batch."""
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self, self.lr, self.weight_decay, self.lr_multipliers, self.decay_norm_and_bias)
+        groups = parameter_groups(
+            self, self.lr, self.weight_decay, self.lr_multipliers, self.decay_norm_and_bias
         )
+        optimizer = OPTIMIZERS[self.optimizer_name](groups)
         max_steps = self.trainer.max_steps
         if self.schedule is not None and max_steps < 1:
             raise ValueError(
@@ -182,6 +206,29 @@ class SegmentationModule(LightningModule, ABC):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler, metric) -> None:
+        """Go on in the schedule, which counts the steps that were taken."""
+        if not self.step_skipped:
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """Log the norm of the step's gradient, over all processes and before it is clipped."""
+        if self.gradient_norm is None:
+            self.gradient_norm = gradient_norm(trained(optimizer))
+        self.log("train/gradient_norm", self.gradient_norm)
+        if replaced := getattr(self.trainer.datamodule, "replaced", 0):  # that could not be read
+            self.log("train/replaced_samples", float(replaced))
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm that was measured already."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            clip_grads_with_norm_(trained(optimizer), gradient_clip_val, self.gradient_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.gradient_norm = None
 
     def on_train_start(self) -> None:
         # All processes built the same weights from one seed; from here on their dropout must differ.
@@ -224,21 +271,51 @@ class SegmentationModule(LightningModule, ABC):
         list(self.matrices.values())[dataloader_idx].update(prediction, label)
         return prediction
 
+    @property
+    def scored_names(self) -> Sequence[str]:
+        """Names of the classes that a metric's IoUs belong to."""
+        return self.classes.names
+
+    def details(self) -> dict[str, str]:
+        """Files by name, as text, that a test leaves beside its scores: the score of each image alone."""
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["set", "name", "mIoU"])
+        writer.writerows([name, image, f"{value:.3f}"] for name, image, value in self.image_rows)
+        return {"images.csv": text.getvalue()}
+
+    def image_names(self, batch: dict) -> list[str]:
+        """A name for each sample of a batch, no two alike in a set."""
+        return batch["name"]
+
+    def image_score(self, scores: dict[str, Tensor]) -> Tensor:
+        """What stands for one image among the scores of its own confusion matrix, in percent."""
+        return scores["mIoU"]
+
     def log_scores(self, stage: str) -> None:
-        scores, keys = {}, ("mIoU", *self.subsets, "fwIoU", "aAcc", "mAcc", *self.more_scores)
+        scores, keys = {}, (*self.mean_scores, *self.subsets, *self.scores)
         for name, matrix in self.matrices.items():
             found = matrix.compute()
             found |= {key: found["IoU"][ids].nanmean() for key, ids in self.subsets.items()}
             scores |= {f"{stage}/{name}/{key}": found[key] for key in keys}
-            ious = zip(self.classes.names, found["IoU"], strict=True)
+            ious = zip(self.scored_names, found["IoU"], strict=True)
             scores |= {f"{stage}/{name}/IoU/{class_name}": iou for class_name, iou in ious}
-        for key in ("mIoU", *self.subsets):
+        for key in (*self.mean_scores, *self.subsets):
             means = torch.stack([scores[f"{stage}/{name}/{key}"] for name in self.matrices])
             scores[f"{stage}/{key}"] = means.nanmean()
         # Every process has the scores of all; sync_dist only spares Lightning's warning that they might not.
         # On the device, because NCCL cannot reduce what lies on the CPU.
         found = {name: value.float().to(self.device) for name, value in scores.items()}
         self.log_dict(found, sync_dist=True)
+
+    def on_validation_start(self) -> None:
+        """Score with the first process's running statistics in all processes, as they are in a checkpoint.
+
+        Each process has its own after a step of training.
+        """
+        if isinstance(self.trainer.strategy, ParallelStrategy):
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def on_validation_epoch_start(self) -> None:
         self.start_scoring("val")
@@ -251,11 +328,23 @@ class SegmentationModule(LightningModule, ABC):
 
     def on_test_epoch_start(self) -> None:
         self.start_scoring("test")
+        self.image_rows = []
 
     def test_step(self, batch: dict, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.score(batch, batch_idx, dataloader_idx)
+        prediction = self.score(batch, batch_idx, dataloader_idx)
+        set_name = list(self.matrices)[dataloader_idx]
+        for name, *ids in zip(self.image_names(batch), prediction, batch["label"], strict=True):
+            scores = matrix_scores(pixel_counts(*ids, len(self.classes)))
+            self.image_rows.append((set_name, name, self.image_score(scores).item()))
+        return prediction
 
     def on_test_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            shares = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(shares, self.image_rows)
+            self.image_rows = [row for share in shares for row in share]
+        sets = list(self.matrices)
+        self.image_rows.sort(key=lambda row: (sets.index(row[0]), row[1]))  # the same for any number of them
         self.log_scores("test")
 
     def frozen_parameters(self) -> dict[str, Tensor]:
@@ -307,6 +396,7 @@ class SegmentationModule(LightningModule, ABC):
                 f"The checkpoint was trained on other frozen weights: found a different SHA-256 for "
                 f"{', '.join(wrong)}. Load them from where the run's config took them, in the same precision."
             )
+        self.frozen_digests = own
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **{name: weights[name] for name in names}}
 
 

@@ -32,7 +32,7 @@ class DiffSegmenterPrediction(SegmentationModule):
     """
 
     trains = False
-    more_scores = ("FP", "FN")
+    scores = (*SegmentationModule.scores, "FP", "FN")
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class DiffSegmenterPrediction(SegmentationModule):
         if captioner is not None and filtering is not None and filtering.path == captioner.path:
             self.candidates.captioner = captioner  # one BLIP, which sees each image once
         if self.classes.has_background:
-            self.more_scores = (*self.more_scores, "mIoU_oracle", "threshold_oracle")
+            self.scores = (*self.scores, "mIoU_oracle", "threshold_oracle")
 
     @property
     def terms(self) -> dict[str, str]:

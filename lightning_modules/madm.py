@@ -11,7 +11,6 @@ from contextlib import nullcontext
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Generator, Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from functional.class_mix import jitter_and_blur, mix_mask, mixed_weights, paste
 from functional.losses import latent_regression, regression_mask, weighted_cross_entropy
@@ -79,6 +78,11 @@ class MADMTraining(SegmentationModule):
         self.register_buffer("palette", palette_table(self.classes.colors), persistent=False)
         self.pictures: dict[str, dict[str, Tensor]] | None = None  # a dict in steps that are to be drawn
 
+    @property
+    def sharded_calls(self) -> tuple[str, ...] | None:
+        """Those of a step. A U-Net of the teacher's own is not sharded."""
+        return ("student", "teacher") if self.network.ema_unet is None else None
+
     def check_options(self, weights: dict[str, float]) -> None:
         """Raise a ValueError for an option out of its range; the weights are those of the regression."""
         start, steps = self.dplg_start, len(self.network.diffusion.alpha_bars)
@@ -98,7 +102,8 @@ class MADMTraining(SegmentationModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> None:
         optimizer, step = self.optimizers(), self.global_step
-        self.network.update_teacher(step, self.max_alpha)
+        if not self.step_skipped:  # the student is as it was
+            self.network.update_teacher(step, self.max_alpha)
         optimizer.zero_grad()
         logged = []
         for part, (image, label, target) in enumerate(self.parts(batch)):
@@ -106,7 +111,8 @@ class MADMTraining(SegmentationModule):
             generator = named_generator(f"step {step} part {place}", self.seed)
             logged.append(self.accumulate(image, label, target, generator, part == self.micro_batches - 1))
         optimizer.step()
-        self.lr_schedulers().step()
+        if not self.step_skipped:
+            self.lr_schedulers().step()
         self.log_dict({name: torch.stack([each[name] for each in logged]).mean() for name in logged[0]})
 
     def parts(self, batch: dict) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -217,16 +223,7 @@ class MADMTraining(SegmentationModule):
             pictures["regression"] = (decoded.float() + 1) / 2
         self.pictures[row] = {title.replace("_", " "): batch[0].detach() for title, batch in pictures.items()}
 
-    def on_validation_start(self) -> None:
-        """Score with the first process's running statistics in all processes.
-
-        Each keeps its own in training: under manual optimisation DDP shares no buffers after the first step.
-        """
-        if isinstance(self.trainer.strategy, ParallelStrategy):
-            for buffer in self.network.adapter.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
     def on_before_optimizer_step(self, optimizer) -> None:
         # Here, and not in training_step, because a gradient scaler has unscaled the gradients by now.
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.log("train/gradient_norm", clip_grad_norm_(parameters, self.max_gradient_norm))
+        super().on_before_optimizer_step(optimizer)
+        self.configure_gradient_clipping(optimizer, self.max_gradient_norm)

@@ -1,3 +1,4 @@
+import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -49,7 +50,18 @@ def test_a_run_is_scored_on_its_own_test_sets_with_table_and_pictures(run, capsy
 def test_the_number_of_pictures_is_an_option(run):
     script.main([run, "--pictures", "1"])
     names = {path.name for path in Path("run/test/own-best/pictures").iterdir()}
-    assert names == {"confusion-day.png", "confusion-night.png", "day-random-200.png", "night-random-210.png"}
+    expected = {"confusion-day.png", "confusion-night.png", "day-random-200.png", "night-random-210.png"}
+    with open("run/test/own-best/images.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("day", "night"):  # the first of a set and the worst
+        worst = min((row for row in rows if row["set"] == name), key=lambda row: float(row["mIoU"]))
+        expected.add(f"{name}-{worst['name']}.png")
+    assert names == expected
+    script.main([run, "--pictures", "0", "--output", "none"])
+    assert {path.name for path in Path("none/own-best/pictures").iterdir()} == {
+        "confusion-day.png",
+        "confusion-night.png",
+    }
 
 
 def test_other_data_is_scored_beside_the_runs_own(run, tmp_path):

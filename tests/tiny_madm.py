@@ -44,8 +44,8 @@ def pair(samples, width=SIZE):
 class Pairs(TinyDataModule):
     """Stands for AdaptationDataModule: `pairs` source and target images of random blocks a batch."""
 
-    def __init__(self, pairs=1, width=SIZE):
-        super().__init__(batch_size=2 * pairs)
+    def __init__(self, pairs=1, width=SIZE, num_workers=0):
+        super().__init__(batch_size=2 * pairs, num_workers=num_workers)
         self.transform, self.width = None, width
 
     def train_dataset(self):

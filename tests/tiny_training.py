@@ -94,6 +94,20 @@ def tiny_trainer(folder, max_steps: int, callbacks=(), logger=False, **arguments
     )
 
 
+def training_state(path) -> dict:
+    """All of a checkpoint that the next step depends on."""
+    checkpoint = torch.load(path, weights_only=True)
+    data = {
+        key: value
+        for key, value in checkpoint.items()
+        if isinstance(value, dict) and "batches_drawn" in value
+    }
+    assert len(data) == 1
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    rng = checkpoint["callbacks"]["Checkpoints"]["rng"]
+    return {key: checkpoint[key] for key in parts} | {"data": data, "rng": rng}
+
+
 def assert_equal(a, b):
     """Bit for bit, through nested containers."""
     if isinstance(a, torch.Tensor):

@@ -1,14 +1,31 @@
 """A run that is resumed equals one that never stopped; files are whole; foreign ones are refused."""
 
+import errno
+import multiprocessing
+import os
 import random
+import resource
+import signal
+import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, rng_state, set_rng_state
+from callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    SaveError,
+    damage,
+    rng_state,
+    set_rng_state,
+    write_checkpoint,
+)
+from datamodules.base import TrainingSamples
 from lightning_modules.schedules import WarmupPoly
+from tests.processes import exit_code_of, one_thread
 from tests.tiny_training import TinyDataModule, assert_equal, tiny_module, tiny_trainer
 
 
@@ -32,11 +49,13 @@ class Observer(Callback):
         )
 
 
-def train(folder, kill_at=None, resume=None, workers=0, every_n_steps=4, data=None, **trainer_arguments):
+def train(
+    folder, kill_at=None, resume=None, workers=0, length=7, every_n_steps=4, data=None, **trainer_arguments
+):
     observer, checkpoints = Observer(kill_at), Checkpoints(every_n_steps)
     module = tiny_module(schedule=WarmupPoly(warmup_steps=3))
     trainer = tiny_trainer(folder, 8, [observer, checkpoints], **trainer_arguments)
-    data = data or TinyDataModule(num_workers=workers)
+    data = data or TinyDataModule(num_workers=workers, length=length)
     arguments = {"datamodule": data, "ckpt_path": resume, "weights_only": True}
     if kill_at is None:
         trainer.fit(module, **arguments)
@@ -61,10 +80,13 @@ def assert_same_end(whole, resumed, forked=False):
     assert a["loops"]["fit_loop"]["epoch_loop.state_dict"] == b["loops"]["fit_loop"]["epoch_loop.state_dict"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_four_steps_and_a_resume_equal_eight_steps_bit_for_bit(tmp_path, workers, accumulated):
-    options = {"workers": workers, "accumulate_grad_batches": accumulated}
+@pytest.mark.parametrize(
+    ("workers", "accumulated", "length"),
+    [(0, 1, 7), (2, 1, 7), (0, 2, 7), (2, 2, 7), (0, 1, 8)],  # of 8 samples, the fourth step ends a pass
+)
+def test_four_steps_and_a_resume_equal_eight_steps_bit_for_bit(tmp_path, workers, accumulated, length):
+    """F01, and F02 with accumulation."""
+    options = {"workers": workers, "length": length, "accumulate_grad_batches": accumulated}
     torch.manual_seed(1)
     expected, whole = train(tmp_path / "whole", **options)
 
@@ -183,7 +205,7 @@ def test_half_written_files_of_a_killed_run_are_removed_at_the_next_start(tmp_pa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/.last.ckpt.tmp").write_bytes(b"half")
     _, folder = train(tmp_path)
-    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt"]
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
@@ -211,5 +233,183 @@ def test_generators_go_on_from_the_stored_state(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"mode": "highest"}])
 def test_wrong_arguments_are_named(wrong):
-    with pytest.raises(ValueError, match="every_n_steps >= 1 and mode min or max"):
+    with pytest.raises(ValueError, match="every_n_steps >= 1, mode min or max"):
         Checkpoints(**wrong)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path, monkeypatch, links):
+    def save_for_ever():
+        for number in range(1, 10**6):
+            checkpoint = {"number": number, "weights": torch.full((200_000,), float(number))}
+            write_checkpoint(checkpoint, tmp_path / "last.ckpt", tmp_path / "previous.ckpt")
+
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    write_checkpoint({"number": 0, "weights": torch.zeros(1)}, tmp_path / "last.ckpt")
+    moments = np.random.default_rng(0).uniform(0.02, 0.15, 20)
+    for moment in moments[: 20 if links else 5]:
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever)
+        with one_thread():
+            process.start()
+        time.sleep(moment)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        for name in ("last.ckpt", "previous.ckpt"):
+            assert not (tmp_path / name).exists() or damage(tmp_path / name) is None
+        found = load(tmp_path / "last.ckpt")
+        assert (found["weights"] == found["number"]).all()
+
+
+@contextmanager
+def no_file_above(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class FullDisk(Callback):
+    """Lets no file grow beyond a size from one step on."""
+
+    def __init__(self, first, last=10**6):
+        self.first, self.last, self.limit = first, last, None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.first:
+            self.limit = no_file_above(1000)
+            self.limit.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.last:
+            self.end()
+
+    def end(self):
+        if self.limit is not None:
+            self.limit.__exit__(None, None, None)
+        self.limit = None
+
+
+def train_on_a_full_disk(folder, disk, **options):
+    trainer = tiny_trainer(folder, 8, [disk, Checkpoints(2)], **options)
+    try:
+        trainer.fit(tiny_module(), datamodule=TinyDataModule())
+    finally:
+        disk.end()
+
+
+def test_a_periodic_save_that_fails_is_a_warning_and_the_run_goes_on(tmp_path):
+    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written at step 4: .*The run goes on"):
+        train_on_a_full_disk(tmp_path, FullDisk(2, 4))
+    folder = tmp_path / "checkpoints"
+    assert load(folder / "last.ckpt")["global_step"] == 8
+    assert load(folder / "previous.ckpt")["global_step"] == 6
+    assert not list(folder.glob(".*"))
+
+
+def test_the_save_with_which_a_run_ends_must_succeed(tmp_path):
+    with (
+        pytest.raises(SaveError, match=r"at step 8: .*Free space in .* --resume"),
+        pytest.warns(UserWarning, match="at step 6"),
+    ):
+        train_on_a_full_disk(tmp_path, FullDisk(5))
+    folder = tmp_path / "checkpoints"
+    assert load(folder / "last.ckpt")["global_step"] == 4
+    assert not list(folder.glob(".*"))
+
+
+def test_the_latest_checkpoints_are_kept_by_their_steps(tmp_path):
+    trainer = tiny_trainer(tmp_path, 8, [Checkpoints(2, keep_last=3)])
+    trainer.fit(tiny_module(), datamodule=TinyDataModule())
+    folder = tmp_path / "checkpoints"
+    assert {path.name for path in folder.glob("step-*")} == {f"step-{n}.ckpt" for n in (4, 6, 8)}
+    assert [load(folder / f"step-{n}.ckpt")["global_step"] for n in (4, 6, 8)] == [4, 6, 8]
+
+
+def test_an_error_between_two_steps_loses_nothing(tmp_path, monkeypatch):
+    expected, whole = train(tmp_path / "whole")
+    read = TrainingSamples.__getitem__
+
+    def fail_later(samples, item):
+        if item[1] >= 10:
+            raise OSError("the data set has gone")
+        return read(samples, item)
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="has gone"):
+        broken.setattr(TrainingSamples, "__getitem__", fail_later)
+        train(tmp_path / "part", every_n_steps=100)
+    stopped = tmp_path / "part/checkpoints/last.ckpt"
+    assert load(stopped)["global_step"] == 4  # batches of two, of which one is read ahead
+    seen, resumed = train(tmp_path / "part", resume=stopped)
+    assert seen == expected[4:]
+    assert_same_end(whole, resumed)
+
+
+def test_an_error_within_a_step_saves_nothing_of_it(tmp_path):
+    class Broken(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 5:
+                raise Killed
+
+    trainer = tiny_trainer(tmp_path, 8, [Broken(), Checkpoints(4)])
+    with pytest.raises(Killed):
+        trainer.fit(tiny_module(), datamodule=TinyDataModule())
+    assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_a_run_killed_in_its_validation_repeats_it(tmp_path):
+    class Validations(Callback):
+        def __init__(self, kill):
+            self.kill, self.ended = kill, []
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if self.kill:
+                os._exit(9)
+
+        def on_validation_end(self, trainer, pl_module):
+            self.ended.append(trainer.global_step)
+
+    def fit(resume=None, kill=False):
+        validations = Validations(kill)
+        options = {"limit_val_batches": 1.0, "val_check_interval": 4}
+        trainer = tiny_trainer(tmp_path, 8, [validations, Checkpoints(4)], **options)
+        trainer.fit(tiny_module(), datamodule=TinyDataModule(), ckpt_path=resume, weights_only=True)
+        return validations.ended
+
+    assert exit_code_of(lambda: fit(kill=True)) == 9
+    assert fit(tmp_path / "checkpoints/last.ckpt") == [4, 8]
+
+
+def test_a_run_that_goes_on_with_another_number_of_processes_says_so(tmp_path):
+    options = {"devices": 2, "strategy": "ddp_fork"}
+    trainer = tiny_trainer(tmp_path, 4, [Checkpoints(100)], **options)
+    trainer.fit(tiny_module(), datamodule=TinyDataModule())
+    with pytest.warns(UserWarning, match="with 1 processes instead of 2"):
+        train(tmp_path, resume=tmp_path / "checkpoints/last.ckpt")
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_limit_of_time_ends_a_run_after_a_whole_step_which_is_saved(tmp_path, accumulated):
+    class TimeIsUp(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx >= 4
+
+    options = {"accumulate_grad_batches": accumulated}
+    trainer = tiny_trainer(tmp_path, 100, [TimeIsUp(), Checkpoints(100)], **options)
+    trainer.fit(tiny_module(), datamodule=TinyDataModule())
+    checkpoint = load(tmp_path / "checkpoints/last.ckpt")
+    assert checkpoint["global_step"] == (5 if accumulated == 1 else 3)
+    assert checkpoint["TinyDataModule"]["batches_drawn"] == (5 if accumulated == 1 else 6)
+
+
+def test_the_best_score_is_that_of_a_file_that_was_written(tmp_path, monkeypatch):
+    checkpoints, trainer = Checkpoints(100), tiny_trainer(tmp_path, 1)
+    trainer.state.fn = "fit"
+    trainer._logger_connector._callback_metrics["val/mIoU"] = torch.tensor(50.0)
+    for written, best in ((False, None), (True, 50.0)):
+        monkeypatch.setattr(checkpoints, "save", lambda *a, written=written: written)
+        monkeypatch.setattr(checkpoints, "save_last", lambda *a: None)
+        checkpoints.on_validation_end(trainer, None)
+        assert checkpoints.best_score == best

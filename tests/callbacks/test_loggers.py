@@ -1,11 +1,13 @@
 import csv
 import json
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import wandb
 
-from callbacks.loggers import MetricsCSV, WandbRun, wandb_key_exists
+from callbacks.loggers import MetricsCSV, WandbRun, experiment_name, method_and_data, wandb_key_exists
 
 
 def rows(folder):
@@ -39,11 +41,24 @@ def test_a_resumed_run_keeps_earlier_rows_and_replaces_those_it_computes_again(t
 
 
 def test_rows_are_written_while_training_goes_on(tmp_path):
-    logger = MetricsCSV(tmp_path, flush_every=2)
-    logger.log_metrics({"a": 1}, step=0)
-    assert not (tmp_path / "metrics.csv").exists()
-    logger.log_metrics({"a": 1}, step=1)
-    assert len(rows(tmp_path)) == 2
+    logger = MetricsCSV(tmp_path)
+    for step in range(3):
+        logger.log_metrics({"a": 1}, step=step)
+        logger.save()  # as Lightning does after each logged step
+        logger.wait_until = time.monotonic() + 1000
+        assert len(rows(tmp_path)) == 1  # where writing is slow, only now and then
+    logger.after_save_checkpoint(None)  # but no row that belongs to a checkpoint is behind it
+    assert len(rows(tmp_path)) == 3
+
+
+def test_rows_that_cannot_be_written_are_a_warning_and_come_later(tmp_path, monkeypatch):
+    logger = MetricsCSV(tmp_path)
+    with monkeypatch.context() as full, pytest.warns(UserWarning, match="No space.*The run goes on"):
+        full.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        logger.log_metrics({"a": 1}, step=0)
+        logger.save()
+    logger.finalize("success")
+    assert len(rows(tmp_path)) == 1
 
 
 def test_the_mode_is_online_only_with_a_key(tmp_path, monkeypatch):
@@ -69,7 +84,9 @@ def test_a_wandb_that_cannot_start_gives_one_warning_and_takes_every_call(tmp_pa
     with pytest.warns(UserWarning, match="no network") as caught:
         logger.log_metrics({"a": 1}, step=0)
         logger.log_metrics({"a": 2}, step=1)
-        logger.experiment.config.update({"x": 1})
+        logger.show({"x": 1})
+        logger.summarize({"best/mIoU": 1.0})
+        logger.mark_preempting()
         logger.finalize("success")
     assert len([w for w in caught if "training goes on" in str(w.message)]) == 1
 
@@ -83,6 +100,7 @@ def test_the_options_of_the_run_reach_wandb(tmp_path, monkeypatch):
 
     monkeypatch.setattr("wandb.init", start)
     options = {"mode": "offline", "project": "p", "entity": "e", "name": "n", "tags": ["t"]}
+    options |= {"group": "g", "job_type": "j"}
     with pytest.warns(UserWarning, match="seen enough"):
         WandbRun(tmp_path, **options).log_metrics({"a": 1}, step=0)
     assert {name: given[name] for name in options} == options
@@ -150,3 +168,40 @@ def test_the_command_is_shown_to_wandb_when_it_holds_no_secret(tmp_path, monkeyp
     metadata = [json.loads(path.read_text()) for path in (tmp_path / "wandb").rglob("wandb-metadata.json")]
     written = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*.wandb"))
     assert any("0.125" in str(found.get("args")) for found in metadata) or b"0.125" in written
+
+
+def test_a_picture_that_cannot_be_written_for_wandb_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("wandb.init", lambda **options: None)
+    with pytest.warns(UserWarning, match="drawing for wandb failed"):
+        WandbRun(tmp_path, mode="offline").log_image("train/pictures", ["no such file.png"], step=0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "seed", "name"),
+    [
+        ("runs/madm_rgb2depth", 0, "madm_rgb2depth"),
+        ("runs/madm-seed3", 3, "madm"),
+        ("runs/table/source-only-2", 2, "source-only"),
+        ("runs/madm/seed1", 1, "madm"),
+        ("runs/madm/1", 1, "madm"),
+        ("runs/crop64", 0, "crop64"),
+        ("runs/crop-64", 4, "crop-64"),
+        ("runs/madm-seed3", 5, "madm-seed3"),
+        ("7", 7, "7"),
+    ],
+)
+def test_the_experiment_is_the_run_folder_without_the_runs_own_seed(folder, seed, name):
+    assert experiment_name(Path(folder), seed) == name
+
+
+def test_method_and_data_sets_become_tags_once_each():
+    street = {"class_path": "datamodules.mini_world.datamodule.MiniStreetDataModule", "init_args": {}}
+    data = {
+        "class_path": "datamodules.generalization.GeneralizationDataModule",
+        "init_args": {
+            "source": street,
+            "targets": [street, {"class_path": "datamodules.acdc.ACDCDataModule"}],
+        },
+    }
+    config = {"model": {"class_path": "lightning_modules.diff.DIFF"}, "data": data}
+    assert method_and_data(config) == ["DIFF", "Generalization", "MiniStreet", "ACDC"]

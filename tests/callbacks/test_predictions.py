@@ -1,10 +1,13 @@
 """Each validation leaves pictures of the same images; wandb gets masks, an IoU table, confusion matrices."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import WandbLogger
+import torch
 from PIL import Image
 
+from callbacks.loggers import WandbRun
 from callbacks.predictions import Predictions
 from tests.tiny_training import TinyDataModule, tiny_module, tiny_trainer
 
@@ -56,9 +59,15 @@ def test_a_sanity_check_draws_nothing(tmp_path):
 
 
 def test_wandb_gets_masks_with_class_names_the_table_and_confusion_matrices(tmp_path):
-    class Recorder(WandbLogger):
+    class Recorder(WandbRun):
         def __init__(self):
-            self.logged = []
+            self.logged, self.summary = [], {}
+
+        def show(self, facts):
+            pass
+
+        def summarize(self, values):
+            self.summary |= values
 
         def log_metrics(self, metrics, step=None):
             self.logged.append((step, metrics))
@@ -89,3 +98,28 @@ def test_wandb_gets_masks_with_class_names_the_table_and_confusion_matrices(tmp_
     picture = last["val/day/pictures"][0]
     assert set(picture._masks) == {"prediction", "truth"}
     assert picture._caption == "tiny-1-0"
+    assert recorder.summary["last/step"] == 2 and {"best/mIoU", "last/day/mIoU"} <= set(recorder.summary)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "best"),
+    [
+        ("val/mIoU", "max", 2),
+        ("val/mIoU", "min", 3),
+        ("val/day/mIoU", "max", 3),
+        ("val/nothing", "max", None),
+    ],
+)
+def test_the_best_validation_is_that_of_the_monitored_score_and_survives_a_resume(monitor, mode, best):
+    rows = {1: (float("nan"), 1.0), 2: (5.0, 2.0), 3: (3.0, 9.0), 4: (5.0, 9.0)}
+    callback, watching = Predictions(0), SimpleNamespace(monitor=monitor, mode=mode)
+    for step, (mean, day) in rows.items():
+        scores = {"val/mIoU": torch.tensor(mean), "val/day/mIoU": torch.tensor(day)}
+        trainer = SimpleNamespace(
+            global_step=step, callback_metrics=scores, checkpoint_callbacks=[object(), watching]
+        )
+        last = callback.keep_best(trainer)
+        state, callback = callback.state_dict(), Predictions(0)
+        callback.load_state_dict(state)
+        assert last["step"] == step and last["day/mIoU"] == day
+    assert callback.best.get("step") == best

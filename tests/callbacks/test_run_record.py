@@ -1,12 +1,16 @@
 import json
 import os
 import re
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 import yaml
 
+from callbacks.provenance import device_state, list_hashes
 from callbacks.run_record import (
     git_state,
     is_secret,
@@ -18,7 +22,15 @@ from callbacks.run_record import (
     secret_values,
     write_atomically,
 )
-from tests.tiny_run import tiny_config, write_config
+from datamodules.adaptation import PairedSamples, UnlabelledSamples
+from datamodules.base import EvaluationSamples, TrainingSamples
+from datamodules.episode_lists import Episode
+from datamodules.few_shot import EvaluationEpisodes, TrainingEpisodes
+from datamodules.files import FileDataset, Pair
+from datamodules.mini_world.dataset import MiniStreetDataset
+from datamodules.mini_world.few_shot import MiniFewShotImages
+from functional.fingerprint import weights_sha256
+from tests.tiny_run import RandomImages, tiny_config, write_config
 from train import main
 
 SECRET = "s3cr3t-value-42"
@@ -89,8 +101,13 @@ def test_secret_values_are_found_at_any_depth():
     }
 
 
-def test_no_secret_lands_in_any_file_of_a_run(tmp_path, monkeypatch):
+def test_no_secret_lands_in_any_file_of_a_run_or_on_the_screen(tmp_path, monkeypatch, capfd):
+    """F22."""
     monkeypatch.chdir(tmp_path)
+    remote = "https://me:r3mote-passw0rd@host/x.git"
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", "remote", "add", "origin", remote], check=True)
+    monkeypatch.setenv("WANDB_API_KEY", "local-" + "0f1e2d3c" * 5)
     monkeypatch.setenv("HIDDEN_API_KEY", "from-the-environment-1")
     config = tiny_config(api_key=SECRET, url="https://me:url-passw0rd@host/x", root="${oc.env:WHERE}")
     monkeypatch.setenv("WHERE", str(tmp_path))
@@ -103,10 +120,10 @@ def test_no_secret_lands_in_any_file_of_a_run(tmp_path, monkeypatch):
     files = [file for file in Path("run").rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files) and any(file.suffix == ".ckpt" for file in files)
     hidden = (SECRET, "url-passw0rd", "from-the-environment-1", "typed-on-command-line")
-    leaks = [
-        (str(file), secret) for file in files for secret in hidden if secret.encode() in file.read_bytes()
-    ]
-    assert leaks == []
+    hidden += ("r3mote-passw0rd", "0f1e2d3c")
+    written = {str(file): file.read_bytes() for file in files}
+    written["screen"] = "".join(capfd.readouterr()).encode()
+    assert [(file, s) for file, content in written.items() for s in hidden if s.encode() in content] == []
 
 
 def test_the_record_holds_what_repeats_a_run(tmp_path, monkeypatch):
@@ -182,3 +199,133 @@ def test_a_failed_run_says_so(tmp_path, monkeypatch):
     assert re.match(
         "failed: RuntimeError: out of luck", json.loads(Path("runs/c/run.json").read_text())["status"]
     )
+
+
+@pytest.mark.parametrize("signal", ["SIGUSR1", "SIGTERM"])
+def test_a_run_that_a_signal_stopped_names_the_signal(tmp_path, monkeypatch, signal):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path / "c.yaml", tiny_config())
+
+    class Stopped(BaseException):
+        signal_name = signal
+
+    def stop(self, batch, batch_idx):
+        raise Stopped
+
+    monkeypatch.setattr("lightning_modules.supervised.Supervised.training_step", stop)
+    with pytest.raises(BaseException):  # noqa: B017
+        main(["--config", str(path)])
+    assert json.loads(Path("runs/c/run.json").read_text())["status"] == f"stopped by {signal}"
+
+
+# --- devices, switches and hashes
+
+
+def test_the_record_holds_the_switches_of_the_run_and_no_gpu_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path / "c.yaml", tiny_config())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    try:
+        main(["--config", str(path), "--trainer.deterministic", "true", "--trainer.benchmark", "true"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+    try:
+        torch.set_float32_matmul_precision("high")
+        changed = device_state()["determinism"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    record = json.loads(Path("runs/c/run.json").read_text())
+    assert record["gpu_driver"] is None and record["gpus"] is None
+    switches = record["determinism"]
+    assert switches["use_deterministic_algorithms"] and switches["cudnn.benchmark"]
+    assert switches["float32_matmul_precision"] == "highest" and not switches["matmul.allow_tf32"]
+    assert changed["float32_matmul_precision"] == "high" and changed["matmul.allow_tf32"]
+    assert not changed["use_deterministic_algorithms"] and not changed["cudnn.benchmark"]
+
+
+def test_driver_and_names_of_gpus_are_asked_for_where_there_are_any(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 570.86.15\necho 570.86.15\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    found = device_state()
+    assert found["gpu_driver"] == "570.86.15" and found["gpus"] == ["GPU 0", "GPU 1"]
+    tool.unlink()
+    assert device_state()["gpu_driver"] is None
+
+
+def test_weights_are_hashed_before_the_first_step_and_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(write_config(tmp_path / "c.yaml", tiny_config()))
+    hashed = []
+
+    def count(weights):
+        hashed.append(sorted(weights))
+        return weights_sha256(weights)
+
+    monkeypatch.setattr("callbacks.run_record.weights_sha256", count)
+    monkeypatch.setattr("lightning_modules.base.weights_sha256", count)
+    main(["--config", path])
+    stem, head = (
+        sorted(f"network.{part}.{kind}" for kind in ("weight", "bias")) for part in ("stem", "head")
+    )
+    assert hashed == [head, stem]  # what learns at the start, what is frozen at the first checkpoint
+    first = json.loads(Path("runs/c/run.json").read_text())["weights"]
+    assert set(first) == {"initial", "frozen"} and set(first["frozen"]) == {"network.stem"}
+    hashed.clear()
+    main(["--config", path, "--resume", "--trainer.max_steps", "3"])
+    assert json.loads(Path("runs/c/run.json").read_text())["weights"] == first and head not in hashed
+    main(["--config", path, "--output", "other", "--seed_everything", "1"])
+    other = json.loads(Path("other/run.json").read_text())["weights"]
+    assert other["initial"] != first["initial"] and other["frozen"] == first["frozen"]
+
+
+def files(names):
+    return FileDataset(Path("/nowhere"), [Pair(f"{n}.png", f"{n}_label.png") for n in names], torch.arange(1))
+
+
+def train_hash(dataset):
+    return list_hashes({"train": TrainingSamples(dataset, None, 0)})["train"]
+
+
+def test_the_hash_of_a_list_changes_with_names_and_order_and_with_nothing_else():
+    assert train_hash(files("abc")) == train_hash(files("abc"))
+    assert len({train_hash(files(names)) for names in ("abc", "acb", "ab", "abd")}) == 4
+    moved = files("abc")
+    moved.root = Path("/elsewhere")
+    assert train_hash(moved) == train_hash(files("abc"))
+    scenes = [MiniStreetDataset("train", 3, size=64, offset=offset) for offset in (0, 0, 5)]
+    hashes = [train_hash(each) for each in scenes]
+    assert hashes[0] == hashes[1] != hashes[2] and not scenes[0].kept
+
+
+def test_the_lists_of_a_pair_of_an_evaluation_set_and_of_episodes_have_hashes():
+    target = UnlabelledSamples(files("xy"), None, 0)
+    images = MiniFewShotImages("val", 4)
+    episodes = [Episode(0, 1, (1, 2)), Episode(3, 1, (2, 1))]
+    shots = [EvaluationEpisodes(images, e, None, None, False, False) for e in (episodes, episodes[::-1])]
+    training = TrainingEpisodes(images, [1], None, None, None, 0, [1], False)
+    found = list_hashes(
+        {
+            "train": PairedSamples(TrainingSamples(files("abc"), None, 0), target),
+            "val/day": torch.utils.data.Subset(EvaluationSamples(files("abc")), [0]),
+            "val/1-shot": EvaluationSamples(shots[0]),
+            "val/turned": EvaluationSamples(shots[1]),
+            "val/drawn": training,
+            "val/unnamed": EvaluationSamples(RandomImages(3, 8, 11, 0)),
+        }
+    )
+    assert found["train/source"] == found["val/day"] == train_hash(files("abc"))  # whatever a process's share
+    assert found["train/target"] == train_hash(files("xy"))
+    assert len({found[f"val/{name}"] for name in ("1-shot", "turned", "drawn")} - {None}) == 3
+    assert found["val/unnamed"] is None
+
+
+def test_a_hundred_thousand_names_are_hashed_in_a_second():
+    dataset = files([f"leftImg8bit/train/city/city_{i:06d}" for i in range(100_000)])
+    start = time.process_time()
+    train_hash(dataset)
+    assert time.process_time() - start < 1

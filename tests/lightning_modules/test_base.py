@@ -14,6 +14,7 @@ from callbacks.run_record import metrics_table, nest_metrics
 from functional.classes import class_table
 from functional.sliding_window import segment_image
 from lightning_modules.base import parameter_groups
+from lightning_modules.metrics import ConfusionMatrix
 from lightning_modules.schedules import WarmupPoly
 from lightning_modules.supervised import Supervised
 from tests.tiny_training import TinyDataModule, TinyNetwork, tiny_module, tiny_trainer
@@ -71,13 +72,16 @@ class Rates(Callback):
         self.seen.append([group["lr"] for group in optimizer.param_groups])
 
 
+@pytest.mark.parametrize("warmup_steps", [2, 6])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_schedule_follows_optimiser_steps(tmp_path, accumulated):
-    schedule, rates = WarmupPoly(warmup_steps=2, warmup_start=0.1), Rates()
+@pytest.mark.parametrize("validate", [False, True])
+def test_the_schedule_follows_optimiser_steps(tmp_path, accumulated, warmup_steps, validate):
+    """F32: also with validations in between, and where training ends before its warm-up does."""
+    schedule, rates = WarmupPoly(warmup_steps=warmup_steps, warmup_start=0.1), Rates()
     module = tiny_module(schedule=schedule, lr=0.5, lr_multipliers={"head": 10})
-    trainer = tiny_trainer(
-        tmp_path, 4, [rates], enable_checkpointing=False, accumulate_grad_batches=accumulated
-    )
+    options = {"limit_val_batches": 1.0, "val_check_interval": accumulated} if validate else {}
+    options |= {"enable_checkpointing": False, "accumulate_grad_batches": accumulated}
+    trainer = tiny_trainer(tmp_path, 4, [rates], **options)
     trainer.fit(module, TinyDataModule())
     expected = [0.5 * schedule(step, 4) for step in range(4)]
     assert rates.seen == [pytest.approx([rate, 10 * rate]) for rate in expected]
@@ -135,6 +139,35 @@ def test_two_processes_score_the_same_as_one(tmp_path):
         scores.append({name: value.item() for name, value in trainer.callback_metrics.items()})
     assert len(scores[0]) == 31
     assert scores[0] == pytest.approx(scores[1], nan_ok=True)
+
+
+class KeepDetails(Callback):
+    """Writes what a test leaves beside its scores, because what a forked process knows ends with it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_test_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            (self.folder / f"{trainer.world_size}.csv").write_text(pl_module.details()["images.csv"])
+
+
+def test_each_image_of_a_test_has_its_score_in_one_process_and_in_two(tmp_path):
+    module, data = tiny_module().eval(), TinyDataModule()
+    for options in ({}, {"devices": 2, "strategy": "ddp_fork"}):
+        trainer = tiny_trainer(
+            tmp_path, 1, [KeepDetails(tmp_path)], enable_checkpointing=False, limit_val_batches=1.0, **options
+        )
+        trainer.test(module, data, verbose=False)
+    lines = ["set,name,mIoU"]
+    for set_name, dataset in data.eval_datasets("test").items():
+        for sample in (dataset[i] for i in range(len(dataset))):
+            matrix = ConfusionMatrix(11)
+            image = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None] / 255
+            matrix.update(module.network(image).argmax(1), torch.from_numpy(sample["label"]).long()[None])
+            lines.append(f"{set_name},{sample['name']},{matrix.compute()['mIoU']:.3f}")
+    assert (tmp_path / "1.csv").read_text().splitlines() == lines and len(lines) == 6
+    assert (tmp_path / "2.csv").read_text() == (tmp_path / "1.csv").read_text()
 
 
 @pytest.mark.parametrize("use", ["fit", "validate", "predict"])

@@ -7,16 +7,11 @@ import torch
 from lightning.pytorch import Callback
 
 from callbacks.checkpoints import Checkpoints
+from callbacks.finite import Finite
 from callbacks.panels import Panels
 from lightning_modules.schedules import WarmupSteps
 from tests.tiny_madm import FROZEN, SIZE, Pairs, first_batch, fit, spy
-from tests.tiny_training import StopAt, assert_equal, tiny_trainer
-
-
-def everything(path):
-    checkpoint = torch.load(path, weights_only=True)
-    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "Pairs")}
-
+from tests.tiny_training import StopAt, assert_equal, tiny_trainer, training_state
 
 RESUMED = {
     "published": {"teacher_dropout": True},
@@ -26,21 +21,30 @@ RESUMED = {
 
 
 @pytest.mark.parametrize(
-    "setting", [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(RESUMED)]
+    ("setting", "workers"),
+    [
+        ("published", 2),  # against a run without workers
+        *(pytest.param(name, 0, marks=pytest.mark.slow) for name in RESUMED),
+    ],
 )
-def test_four_steps_and_a_resume_equal_eight_steps_bit_for_bit(tmp_path, build, monkeypatch, setting):
+def test_four_steps_and_a_resume_equal_eight_steps_bit_for_bit(
+    tmp_path, build, monkeypatch, setting, workers
+):
+    """F01."""
     schedule = WarmupSteps(0.3, boundaries=[0.7])
     make = partial(build, {"dropout": 0.5, **RESUMED[setting]}, dplg_end_step=6, schedule=schedule)
     whole = fit(make(), tmp_path / "whole", 8, [Checkpoints(4)])
-    fit(make(), tmp_path / "parts", 8, [StopAt(4), Checkpoints(4)])
+    data = Pairs(num_workers=workers)
+    fit(make(), tmp_path / "parts", 8, [StopAt(4), Checkpoints(4)], data)
     module = make()
     torch.manual_seed(5)  # another process starts with other generators
     updates = spy(module, monkeypatch, "update_teacher")
     last = tmp_path / "parts/checkpoints/last.ckpt"
-    resumed = fit(module, tmp_path / "parts", 8, [Checkpoints(4)], resume=last)
+    data = Pairs(num_workers=workers)
+    resumed = fit(module, tmp_path / "parts", 8, [Checkpoints(4)], data, resume=last)
     assert [step for step, _ in updates] == [4, 5, 6, 7]
     assert resumed.logged == whole.logged[4:]
-    assert_equal(everything(tmp_path / "whole/checkpoints/last.ckpt"), everything(last))
+    assert_equal(training_state(tmp_path / "whole/checkpoints/last.ckpt"), training_state(last))
 
 
 def test_a_checkpoint_holds_the_teacher_and_no_frozen_weight(tmp_path, build):
@@ -157,3 +161,19 @@ def test_panels_show_source_target_and_mixed_image(tmp_path, build, lplr):
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
         "train-000000.png", "train-000002.png",
     ]  # fmt: skip
+
+
+def test_after_a_step_without_a_finite_gradient_teacher_and_schedule_stand_still(
+    tmp_path, build, monkeypatch
+):
+    class Poison(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 1:
+                optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
+
+    module = build(schedule=WarmupSteps(0.3, boundaries=[0.7]))
+    updates = spy(module, monkeypatch, "update_teacher")
+    watch = fit(module, tmp_path, 4, [Poison(), Finite(), Checkpoints(100)])
+    assert [step for step, _ in updates] == [0, 1, 3]
+    assert watch.rates[2] == watch.rates[1] != watch.rates[3]
+    assert all(p.isfinite().all() for p in module.parameters())

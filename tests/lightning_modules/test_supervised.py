@@ -1,24 +1,9 @@
-"""Cross entropy over the valid pixels only."""
+"""Training on labels."""
 
 import torch
 
-from lightning_modules.supervised import SourceOnly, pixel_cross_entropy
+from lightning_modules.supervised import SourceOnly
 from tests.tiny_training import TinyDataModule, TinyNetwork, tiny_module, tiny_trainer
-
-
-def test_ignored_pixels_neither_count_nor_dilute():
-    logits = torch.randn(1, 3, 2, 2, dtype=torch.float64)
-    label = torch.tensor([[[0, 255], [2, 255]]])
-    log = logits.log_softmax(1)
-    expected = -(log[0, 0, 0, 0] + log[0, 2, 1, 0]) / 2
-    torch.testing.assert_close(pixel_cross_entropy(logits, label), expected)
-
-
-def test_a_label_without_a_valid_pixel_gives_zero_loss_and_zero_gradients():
-    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
-    loss = pixel_cross_entropy(logits, torch.full((1, 2, 2), 255))
-    loss.backward()
-    assert loss.item() == 0 and (logits.grad == 0).all()
 
 
 def test_training_changes_exactly_what_is_trainable_and_learns(tmp_path):
