@@ -185,7 +185,7 @@ class SegmentationCLI(LightningCLI):
         if not self.build:
             return
         if self.checkpoint:
-            checkpoint = load_checkpoint(self.checkpoint)
+            checkpoint = load_checkpoint(self.checkpoint, sound=True)  # open_run_folder has looked
             if "optimizer_states" not in checkpoint:
                 raise UsageError(
                     f"{self.checkpoint} holds weights only, so its training cannot go on.\n"
@@ -195,9 +195,9 @@ class SegmentationCLI(LightningCLI):
                 parse_yaml(checkpoint["config"], f"the config in {self.checkpoint}"), self.resolved()
             )
             step = checkpoint["global_step"]
-            if 0 < self.config.trainer.max_steps <= step:
+            validated = not checkpoint["callbacks"]["Checkpoints"]["validation_due"]
+            if 0 < self.config.trainer.max_steps <= step and validated:
                 self.finished_at = step
-                self.unvalidated = checkpoint["callbacks"]["Checkpoints"]["validation_due"]
                 return
         with edge_errors():
             super().instantiate_classes()
@@ -265,13 +265,14 @@ class SegmentationCLI(LightningCLI):
 def train(args: list[str]) -> None:
     """Run one training from the words of a command line.
 
-    A SIGUSR1 that comes while models are loaded is obeyed after the first step; other signals end the process
-    then, since nothing would be lost.
+    A SIGUSR1 that comes while libraries and models are loaded is obeyed after the first step; other signals
+    end the process then, since nothing would be lost.
 
     Raises:
         SystemExit: the run was stopped by a signal, see callbacks.preemption.EXIT_CODES.
     """
     SIGNALS.listen([signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
     command = None
     try:
         command = SegmentationCLI(args)
@@ -294,11 +295,6 @@ def run(command: SegmentationCLI) -> None:
             f"{command.folder} has already finished: step {command.finished_at} is its last. "
             "Raise trainer.max_steps to go on."
         )
-        if command.unvalidated:
-            print(
-                "This checkpoint does not know its last validation: score it by "
-                f"`python test.py {command.folder}`."
-            )
         return
     command.fit()
     if command.config.trainer.fast_dev_run:

@@ -39,6 +39,11 @@ from config_files import UsageError, read_yaml, short_errors
 from functional.classes import class_table
 
 POINTS = 60  # of a loss curve at most
+# Options by which runs of one experiment may differ, wherever they stand: they change no bit of a training.
+LEFT_OUT = (
+    *("seed_everything", "seed", "wandb", "progress", "predictions", "num_workers"),
+    *("every_n_steps", "keep_last", "log_every_n_steps", "enable_progress_bar", "default_root_dir"),
+)
 
 
 @dataclass
@@ -95,13 +100,12 @@ def number(value) -> float | None:
 
 
 def without_seeds(value):
-    """Copy a config without what differs between runs of one experiment."""
+    """Copy a config without what may differ between runs of one experiment: seeds, and what keeps books."""
     if isinstance(value, list):
         return [without_seeds(part) for part in value]
     if not isinstance(value, dict):
         return value
-    left_out = ("seed_everything", "seed", "wandb")
-    return {name: without_seeds(part) for name, part in value.items() if name not in left_out}
+    return {name: without_seeds(part) for name, part in value.items() if name not in LEFT_OUT}
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -111,7 +115,7 @@ def read_run(folder: Path, name: str) -> Run:
         UsageError: it is no run folder, or a file in it is damaged.
     """
     if missing := [file for file in ("config.yaml", "run.json") if not (folder / file).is_file()]:
-        found = "no such folder"
+        found = "no folder of this name"
         if folder.is_dir():
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing in it"
         raise UsageError(
@@ -122,7 +126,7 @@ def read_run(folder: Path, name: str) -> Run:
     for row in read_rows(folder / "metrics.csv"):
         for column, cell in row.items():
             if (value := number(cell)) is not None and column != "step":
-                curves.setdefault(column, {})[int(row["step"]) + 1] = value  # the first step is logged as 0
+                curves.setdefault(column, {})[int(row["step"])] = value
     tests, images = {}, {}
     for file in sorted((folder / "test").glob("*/metrics.json")):
         if scores := read_json(file).get("test"):
@@ -230,7 +234,9 @@ def run_section(groups: list[Group], score: str) -> str:
         for run in runs:
             git = run.record.get("git") or {}
             code = str(git.get("commit") or "–")[:8] + "*" * bool(git.get("dirty"))
-            facts.append([*(run.record.get(name, "–") for name in ("seed", "status", "step")), code])
+            logged = max((max(curve) for curve in run.curves.values()), default=0)  # also by a killed run
+            step = max(run.record.get("step", 0), logged)
+            facts.append([run.record.get("seed", "–"), run.record.get("status", "–"), step, code])
         seed, status, step, code = (
             escape(", ".join(dict.fromkeys(str(value)[:60] for value in column)))
             for column in zip(*facts, strict=True)
@@ -238,17 +244,8 @@ def run_section(groups: list[Group], score: str) -> str:
         at = ", ".join(dict.fromkeys(f"{max(curve, key=curve.get):,}" for curve in curves))
         return [best, at or "–", last, seed, status, step, time, code]
 
-    titles = [
-        "run",
-        f"best val {escape(score)}",
-        "at step",
-        "last",
-        "seed",
-        "status",
-        "step",
-        "h:min:s",
-        "code",
-    ]
+    best = f"best val {escape(score)}"
+    titles = ["run", best, "at step", "last", "seed", "status", "step", "h:min:s", "code"]
     return table(groups, ["".join(f"<th>{title}</th>" for title in titles)], cells)
 
 
@@ -289,7 +286,8 @@ def curve_section(groups: list[Group], score: str) -> str:
     for name in sorted({name for name, _ in logged if name.startswith("train/loss")}):
         title = f"training {name.removeprefix('train/')}"
         found += drawn(title, "loss", lambda run, name=name: thinned(run.curves.get(name, {}), width))
-    said = f"Thick: mean of the runs, thin: each run. A loss is the mean over {width:,} steps."
+    said = "Thick: mean of the runs, thin: each run."
+    said += f" A loss is the mean over {width:,} steps." if width > 1 else ""
     parts = f'{legend(groups)}<div class="charts">{found}</div>{quiet(said)}'
     return parts if found else quiet("No run has logged a score or a loss yet.")
 
@@ -390,8 +388,8 @@ def page(groups: list[Group], score: str, worst: int) -> str:
         "Worst images": image_section(groups, source, worst),
     }
     said = (
-        "Runs whose configs differ in seeds alone are one experiment. Scores are in percent: mean ± sample "
-        "standard deviation over n runs. * marks code with changes that were not committed."
+        "Runs whose configs differ in seeds alone, or in what keeps books, are one experiment. Scores are in "
+        "percent: mean ± sample standard deviation over n runs. * marks code with uncommitted changes."
     )
     body = "".join(f'<p class="note">{escape(note)}</p>\n' for note in notes(groups, score, source))
     body += "".join(f"<h2>{escape(name)}</h2>\n{part}\n" for name, part in sections.items())

@@ -24,10 +24,13 @@ class RunFailed(Exception):
 def short_errors():
     """Inside the block a UsageError ends the program with three lines at most and exit code 2.
 
-    A RunFailed ends it with its message and exit code 1.
+    A RunFailed ends it with its message and exit code 1, Ctrl-C where nothing saves with exit code 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -59,8 +59,11 @@ def open_run_folder(lock: "RunLock", resume: bool, overwrite: bool) -> Path | No
         lock.take()
         for path in (folder / name for name in held if overwrite):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    saved = sorted((folder / "checkpoints").glob("*.ckpt"))
-    return sound_checkpoint(folder) if resume and saved else None
+    if resume and any((folder / "checkpoints").glob("*.ckpt")):
+        return sound_checkpoint(folder)
+    if resume and held and rank_zero_only.rank == 0:
+        print(f"{folder} holds no checkpoint yet: the run begins with its first step.", file=sys.stderr)
+    return None
 
 
 def sound_checkpoint(run: Path) -> Path:
@@ -242,7 +245,7 @@ def check_unchanged(old: dict, new: dict) -> None:
 
 
 def checkpoint_path(run: Path, which: str | None) -> Path:
-    """Return a checkpoint of a run folder: "best", "last", a path, or None for the best, else the last.
+    """Return a checkpoint of a run folder: by name ("best"), path, or None for the best, else the last.
 
     Raises:
         UsageError: there is no such file; names those that exist.
@@ -250,22 +253,27 @@ def checkpoint_path(run: Path, which: str | None) -> Path:
     folder = run / "checkpoints"
     if which is None:
         which = "best" if (folder / "best.ckpt").is_file() else "last"
-    path = folder / f"{which}.ckpt" if which in ("best", "last") else Path(which)
+    path = folder / f"{which}.ckpt"
+    path = path if which in ("best", "last") or path.is_file() else Path(which)
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.glob("*.ckpt"))) or "none"
         raise UsageError(f"there is no checkpoint {path}.\nThe run folder {run} holds: {found}.")
     return path
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, sound: bool = False) -> dict:
     """Read a checkpoint without running code from it.
+
+    Args:
+        path: of its file.
+        sound: whether its checksums are known to be right; they take a reading of the whole file.
 
     Raises:
         UsageError: the file is damaged, or holds more than tensors and plain values, or no config.
     """
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path}.")
-    if fault := damage(path):
+    if not sound and (fault := damage(path)):
         others = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt") if p != path)) or "none"
         raise UsageError(f"the checkpoint {path} is damaged: {fault}.\nIts folder holds others: {others}.")
     try:

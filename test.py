@@ -1,4 +1,4 @@
-"""Score a checkpoint on test sets: python test.py RUN_DIR [--checkpoint best|last|PATH] [--data FILE ...]."""
+"""Score a checkpoint on test sets: python test.py RUN_DIR [--checkpoint best|NAME|PATH] [--data FILE ...]."""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
         help="instead of a run, for methods without training",
     )
     parser.add_argument(
-        "--checkpoint", help="best, last or a path (default: best if there is one, else last)"
+        "--checkpoint", help="name in its checkpoints/, or a path (default: best if there is one, else last)"
     )
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[], help="YAML files with a section data: to score on"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.utilities import rank_zero_warn
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -136,6 +137,17 @@ def of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
     return states
 
 
+class FitLoop(_FitLoop):
+    """Begins, with a validation, also where all steps are done and only the last validation is not."""
+
+    validation_due = False
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do."""
+        return super().skip and not self.validation_due
+
+
 class SaveError(RuntimeError):
     """The checkpoint with which a run was to end could not be written."""
 
@@ -184,15 +196,21 @@ class Checkpoints(Checkpoint):
         self.world_size: int | None = None  # of the checkpoint that a run goes on from
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        """Take over writing and reading, and clear what a killed run left half written."""
+        """Take over writing, reading and the loop, and clear what a killed run left half written."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.fit_loop.__class__ = FitLoop  # it has its data already, so it cannot be another object
         self.folder = Path(trainer.default_root_dir) / "checkpoints"
         if stage == "fit" and trainer.is_global_zero and self.folder.is_dir():
             for leftover in self.folder.glob(".*.ckpt.tmp"):
                 leftover.unlink()
 
     def on_fit_start(self, trainer, pl_module) -> None:
-        """Refuse validation between the micro-batches of a step, where pending gradients forbid to save."""
+        """Refuse validation between the micro-batches of a step, where pending gradients forbid to save.
+
+        Raises:
+            ValueError: that is what val_check_interval asks for.
+        """
+        trainer.fit_loop.validation_due = self.validation_due
         interval, accumulated = trainer.val_check_interval, trainer.accumulate_grad_batches
         if isinstance(interval, int) and interval % accumulated:
             raise ValueError(

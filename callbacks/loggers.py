@@ -23,6 +23,9 @@ FINISH_TIMEOUT = 120  # and at the end, where wandb by itself tries for days; wh
 class MetricsCSV(Logger):
     """Writes metrics.csv: one row for each logged step, one column for each name.
 
+    `step` is the number of steps done, 1 in the row of the first, as in run.json and metrics.md; Lightning
+    counts from 0. So does WandbRun.
+
     Rows from before this start are kept up to the step where training goes on, so a step that is computed
     again after a resume appears once. Writing takes at most a twentieth of the time, so rows of the last
     moments may be missing after a kill; none are that belong to a checkpoint.
@@ -52,7 +55,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add the numbers of one step to its row."""
-        step = 0 if step is None else step
+        step = 0 if step is None else step + 1
         if self.rows is None:
             self.rows = {s: row for s, row in self._read().items() if s <= step}
         row = self.rows.setdefault(step, {"step": step})
@@ -221,7 +224,8 @@ class WandbRun(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics, step: int | None = None) -> None:
         """Log numbers (and media); a failure is a warning."""
-        self.attempt("logging to wandb", super().log_metrics, metrics, step)
+        done = None if step is None else step + 1
+        self.attempt("logging to wandb", super().log_metrics, metrics, done)
 
     @rank_zero_only
     def log_image(self, key: str, images: list, step: int | None = None) -> None:

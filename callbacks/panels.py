@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import WandbLogger
-from PIL import Image
 from torch import Tensor
 
-from callbacks.pictures import Colors, legend, side_by_side, to_uint8
+from callbacks.pictures import Colors, legend, side_by_side, to_uint8, write_picture
+from callbacks.run_record import a_failure_is_a_warning
 from functional.palette import colorize, heat
 
 
@@ -73,11 +73,7 @@ class Panels(Callback):
         width = max(row.shape[1] for row in rows)
         panel = stack([*rows, legend(table.names, table.colors, width, ignored=True)])
         pl_module.pictures = None
-        folder = Path(trainer.default_root_dir) / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"train-{self.step:06d}.png"
-        temporary = path.with_name(f".{path.name}.tmp")
-        Image.fromarray(panel).save(temporary, "png")
-        temporary.replace(path)  # a reader never sees a part of a picture
+        with a_failure_is_a_warning("A picture"):
+            write_picture(panel, Path(trainer.default_root_dir) / "pictures" / f"train-{self.step:06d}.png")
         for logger in (logger for logger in trainer.loggers if isinstance(logger, WandbLogger)):
             logger.log_image("train/pictures", [panel], step=self.step)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image, ImageDraw, ImageFont
 
+from callbacks.run_record import write_atomically
 from functional.palette import IGNORED_COLOR, colorize, heat, overlay
 
 Colors = Sequence[tuple[int, int, int]]
@@ -42,6 +44,14 @@ def legend(names: Sequence[str], colors: Colors, width: int, ignored: bool = Fal
         draw.rectangle((x, y + 2, x + LINE - 5, y + LINE - 3), fill=tuple(color), outline="black")
         draw.text((x + LINE, y + 1), name, fill="black", font=ImageFont.load_default(12))
     return np.asarray(picture)
+
+
+def write_picture(picture: np.ndarray, path: Path) -> None:
+    """Write a picture uint8 [H, W, 3] as PNG, whole or not at all, into a folder that is made if need be."""
+    content = BytesIO()
+    Image.fromarray(picture).save(content, "png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())
 
 
 def _titled(picture: np.ndarray, title: str) -> np.ndarray:
@@ -222,5 +232,4 @@ class TestPictures(Callback):
             self._save(confusion_picture(scores.compute()["matrix"].numpy(), self.names), f"confusion-{name}")
 
     def _save(self, picture: np.ndarray, name: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.folder / (re.sub(r"[^\w.-]+", "_", name) + ".png"))
+        write_picture(picture, self.folder / (re.sub(r"[^\w.-]+", "_", name) + ".png"))

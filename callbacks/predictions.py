@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Callback
-from PIL import Image
 
 from callbacks.loggers import WandbRun
-from callbacks.pictures import comparison, confusion_picture, sized_like, to_uint8
+from callbacks.pictures import comparison, confusion_picture, sized_like, to_uint8, write_picture
+from callbacks.run_record import a_failure_is_a_warning
 from functional.classes import IGNORE_INDEX
 
 
@@ -54,10 +54,9 @@ class Predictions(Callback):
             image = sized_like(to_uint8(batch["image"][i]), prediction)  # wandb wants masks of its size
             table = pl_module.classes
             picture = comparison(image, truth, prediction, table.names, table.colors)
-            folder = Path(trainer.default_root_dir) / "pictures"
-            folder.mkdir(parents=True, exist_ok=True)
             name = re.sub(r"[^\w.-]+", "_", f"val-{set_name}-{batch['name'][i]}")
-            Image.fromarray(picture).save(folder / f"{name}.png")
+            with a_failure_is_a_warning("A picture"):
+                write_picture(picture, Path(trainer.default_root_dir) / "pictures" / f"{name}.png")
             drawn.append((image, truth, prediction, batch["name"][i]))
 
     def on_validation_end(self, trainer, pl_module) -> None:

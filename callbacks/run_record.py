@@ -364,12 +364,12 @@ class RunRecord(Callback):
 
 
 @contextmanager
-def a_failure_is_a_warning():
+def a_failure_is_a_warning(what: str = "The record of the run"):
     """Let a run outlive a full disk: what the record lacks then is in its checkpoints."""
     try:
         yield
     except OSError as error:
-        warnings.warn(f"The record of the run could not be written: {error}. The run goes on.", stacklevel=4)
+        warnings.warn(f"{what} could not be written: {error}. The run goes on.", stacklevel=4)
 
 
 def _now() -> str:

@@ -1,9 +1,11 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -220,14 +222,31 @@ def test_resuming_a_finished_run_says_so_and_succeeds(config, capsys):
     assert "already finished: step 2" in capsys.readouterr().out.replace("has ", "")
 
 
-def test_a_finished_run_whose_last_validation_was_broken_off_says_how_to_score_it(config, capsys):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_whose_last_validation_was_broken_off_repeats_it(config, capsys, damaged):
     main(["--config", config])
-    path = Path("runs/tiny/checkpoints/last.ckpt")
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["callbacks"]["Checkpoints"]["validation_due"] = True
-    torch.save(checkpoint, path)
+    folder = Path("runs/tiny")
+    scores = (folder / "metrics.json").read_text()
+    if damaged:  # the one before was saved between the last step and its validation
+        (folder / "checkpoints/last.ckpt").write_bytes(b"")
+    else:
+        (folder / "checkpoints/previous.ckpt").rename(folder / "checkpoints/last.ckpt")
+    (folder / "metrics.json").unlink()
+    with pytest.warns(UserWarning, match="cannot be used") if damaged else nullcontext():
+        main(["--config", config, "--resume"])
+    assert "already finished" not in capsys.readouterr().out
+    assert (folder / "metrics.json").read_text() == scores
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["step"]) == ("finished", 2)
     main(["--config", config, "--resume"])
-    assert "score it by `python test.py runs/tiny`" in capsys.readouterr().out
+    assert "already finished: step 2" in capsys.readouterr().out.replace("has ", "")
+
+
+def test_resuming_a_run_without_checkpoint_says_that_it_begins(config, capsys):
+    main(["--config", config])
+    shutil.rmtree("runs/tiny/checkpoints")
+    main(["--config", config, "--resume"])
+    assert "no checkpoint yet: the run begins with its first step" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_weights_only_cannot_be_resumed(config, capsys):

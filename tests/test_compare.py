@@ -45,8 +45,8 @@ def fake_run(folder: Path, seed: int, lr: float = 0.1, value: float = 40.0, **ch
     }
     (folder / "run.json").write_text(json.dumps(record | change))
     (folder / "metrics.json").write_text(json.dumps({"val": scores(value)}))
-    rows = ["step,train/loss,val/day/mIoU,val/mIoU", f"9,2.0,{value + 5},{value + 5}", "14,1.5,,"]
-    (folder / "metrics.csv").write_text("\n".join([*rows, f"19,1.0,{value},{value}"]) + "\n")
+    rows = ["step,train/loss,val/day/mIoU,val/mIoU", f"10,2.0,{value + 5},{value + 5}", "15,1.5,,"]
+    (folder / "metrics.csv").write_text("\n".join([*rows, f"20,1.0,{value},{value}"]) + "\n")
     test = folder / "test/own-last"
     (test / "metrics.json").write_text(json.dumps({"test": scores(value + 1)}))
     images = {"a b": value - 10, "easy": value + 40, "undrawn": 1.0}
@@ -104,6 +104,23 @@ def test_seeds_of_one_config_are_one_row_with_mean_and_deviation(runs, tmp_path)
     assert found["high n = 2"][0] == "65.00 ± 0.00"
 
 
+def test_options_that_change_no_bit_of_a_training_keep_seeds_together(tmp_path):
+    books = {"wandb": {"mode": "offline"}, "checkpoints": {"every_n_steps": 5}, "data": {"num_workers": 2}}
+    runs = [fake_run(tmp_path / f"runs/a-{seed}", seed) for seed in (0, 1)]
+    for config, change in ((runs[1] / "config.yaml", books), (runs[0] / "config.yaml", {"checkpoints": {}})):
+        kept = yaml.safe_load(config.read_text()) | {"data": {}} | change
+        config.write_text(yaml.safe_dump(kept))
+    assert "a n = 2" in rows(page_of(runs, tmp_path))
+    kept["checkpoints"]["monitor"] = "val/mAcc"  # chooses another best.ckpt
+    config.write_text(yaml.safe_dump(kept))
+    assert "a n = 2" not in rows(page_of(runs, tmp_path))
+
+
+def test_the_step_of_a_run_that_was_killed_is_the_last_it_has_logged(tmp_path):
+    run = fake_run(tmp_path / "killed", 0, status="running", step=0)
+    assert rows(page_of([run], tmp_path))["killed"][4:6] == ["running", "20"]
+
+
 def test_another_score_can_be_compared(runs, tmp_path, capsys):
     path = runs[0] / "metrics.csv"
     path.write_text(path.read_text().replace("mIoU", "FB-IoU"))
@@ -115,7 +132,7 @@ def test_another_score_can_be_compared(runs, tmp_path, capsys):
 
 def test_scores_of_sets_are_averaged_where_their_mean_is_not_logged(runs, tmp_path):
     path = runs[0] / "metrics.csv"
-    path.write_text("step,val/day/mIoU,val/night/mIoU\n9,10,20\n")
+    path.write_text("step,val/day/mIoU,val/night/mIoU\n10,10,20\n")
     assert rows(page_of(runs[:1], tmp_path))["low-0"][:2] == ["15.00", "10"]
 
 
@@ -206,7 +223,7 @@ def test_names_are_shown_and_never_run(tmp_path):
 
 
 def test_a_folder_without_a_run_and_a_run_given_twice_are_refused(runs, tmp_path, capsys):
-    for folder, found in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "runs", "high-0")):
+    for folder, found in ((tmp_path / "nowhere", "no folder of this name"), (tmp_path / "runs", "high-0")):
         error = error_of([runs[0], folder], capsys)
         assert "config.yaml and run.json" in error and found in error and "train.py" in error
         assert len(error.splitlines()) == 3

@@ -1,12 +1,14 @@
 import csv
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from run_folder import checkpoint_path
 from tests.tiny_run import tiny_config, write_config
 from train import main as train
 
@@ -150,6 +152,8 @@ def test_mistakes_are_named_in_short(run, capsys, tmp_path):
     assert "no run folder or checkpoint nowhere" in error_of(["nowhere"], capsys)
     assert "give the folder of a run" in error_of([], capsys)
     assert "holds: best.ckpt, last.ckpt" in error_of([run, "--checkpoint", "third.ckpt"], capsys)
+    shutil.copy(Path(run, "checkpoints/last.ckpt"), Path(run, "checkpoints/average.ckpt"))
+    assert checkpoint_path(Path(run), "average").samefile(Path(run, "checkpoints/average.ckpt"))
     no_data = write_config(tmp_path / "c2.yaml", {"model": {}})
     assert "has no section data" in error_of([run, "--data", str(no_data)], capsys)
     twice = [write_config(folder / "c3.yaml", {"data": {}}) for folder in (tmp_path, Path(run))]

@@ -71,8 +71,8 @@ def processes(trainer, nodes: int | None, gpus: int | None) -> tuple[int, int, i
     nodes, gpus = nodes or trainer.num_nodes, (0 if on_cpu else devices) if gpus is None else gpus
     if nodes != trainer.num_nodes or gpus != (0 if on_cpu else devices):
         raise UsageError(
-            f"the job asks for {nodes} nodes with {gpus} GPUs each, the config for {trainer.num_nodes} nodes "
-            f"with {devices} processes each on accelerator {trainer.accelerator!r}.\n"
+            f"the job asks for {nodes} node(s) with {gpus} GPU(s) each, the config for {trainer.num_nodes} "
+            f"node(s) with {devices} process(es) each on accelerator {trainer.accelerator!r}.\n"
             "Change --nodes and --gpus, or trainer.num_nodes and trainer.devices (see conf/slurm.yaml)."
         )
     return nodes, devices, gpus
@@ -173,11 +173,16 @@ def main(argv: list[str] | None = None) -> None:
     set_environment()
     check_configs(words)
     limit = seconds(options.time)
-    if options.signal_seconds < 1 or limit <= options.signal_seconds + EARLY:
+    if options.signal_seconds < 1:
+        raise UsageError(
+            f"--signal-seconds (given: {options.signal_seconds}) must be 1 or more.\n"
+            "Give the time that a step and its saving take; 120 is the default."
+        )
+    if limit <= options.signal_seconds + EARLY:
         raise UsageError(
             f"--time {options.time} leaves nothing to train in: the signal to save comes "
             f"{options.signal_seconds} s (--signal-seconds) before the end, or up to {EARLY} s earlier.\n"
-            "Give more time, or a shorter lead of 1 or more."
+            "Give more --time, or fewer --signal-seconds."
         )
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds, default=0) < 0:
         raise UsageError(f"--seeds (given: {options.seeds}) must be different numbers, none below 0.")

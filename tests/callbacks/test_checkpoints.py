@@ -359,27 +359,31 @@ def test_an_error_within_a_step_saves_nothing_of_it(tmp_path):
     assert load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 4
 
 
-def test_a_run_killed_in_its_validation_repeats_it(tmp_path):
+@pytest.mark.parametrize("at", [4, 8])
+def test_a_run_killed_in_its_validation_repeats_it(tmp_path, at):
     class Validations(Callback):
         def __init__(self, kill):
             self.kill, self.ended = kill, []
 
         def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-            if self.kill:
+            if self.kill and trainer.global_step == at:
                 os._exit(9)
 
         def on_validation_end(self, trainer, pl_module):
             self.ended.append(trainer.global_step)
 
-    def fit(resume=None, kill=False):
+    def fit(folder, resume=None, kill=False):
         validations = Validations(kill)
         options = {"limit_val_batches": 1.0, "val_check_interval": 4}
-        trainer = tiny_trainer(tmp_path, 8, [validations, Checkpoints(4)], **options)
+        trainer = tiny_trainer(folder, 8, [validations, Checkpoints(4)], **options)
         trainer.fit(tiny_module(), datamodule=TinyDataModule(), ckpt_path=resume, weights_only=True)
         return validations.ended
 
-    assert exit_code_of(lambda: fit(kill=True)) == 9
-    assert fit(tmp_path / "checkpoints/last.ckpt") == [4, 8]
+    assert exit_code_of(lambda: fit(tmp_path / "part", kill=True)) == 9
+    with one_thread():
+        assert fit(tmp_path / "part", tmp_path / "part/checkpoints/last.ckpt") == [4, 8][at // 8 :]
+        fit(tmp_path / "whole")
+    assert_same_end(*(tmp_path / name / "checkpoints" for name in ("whole", "part")), forked=True)
 
 
 def test_a_run_that_goes_on_with_another_number_of_processes_says_so(tmp_path):

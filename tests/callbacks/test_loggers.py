@@ -22,8 +22,8 @@ def test_numbers_of_one_step_share_a_row_and_names_may_come_later(tmp_path):
     logger.log_metrics({"val/mIoU": 40.0}, step=10)
     logger.finalize("success")
     assert rows(tmp_path) == [
-        {"step": "0", "train/loss": "2.0", "val/mIoU": ""},
-        {"step": "10", "train/loss": "1.0", "val/mIoU": "40.0"},
+        {"step": "1", "train/loss": "2.0", "val/mIoU": ""},
+        {"step": "11", "train/loss": "1.0", "val/mIoU": "40.0"},
     ]
 
 
@@ -36,7 +36,7 @@ def test_a_resumed_run_keeps_earlier_rows_and_replaces_those_it_computes_again(t
     second.log_metrics({"train/loss": 1.0}, step=20)
     second.finalize("success")
     assert [(row["step"], row["train/loss"]) for row in rows(tmp_path)] == [
-        ("0", "100.0"), ("10", "110.0"), ("20", "1.0"),
+        ("1", "100.0"), ("11", "110.0"), ("21", "1.0"),
     ]  # fmt: skip
 
 

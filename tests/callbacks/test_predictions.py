@@ -1,5 +1,6 @@
 """Each validation leaves pictures of the same images; wandb gets masks, an IoU table, confusion matrices."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,15 @@ def test_the_first_images_of_each_set_are_drawn(tmp_path, per_set):
     day = [f"val-day-tiny-1-{i}.png" for i in range(min(per_set, 3))]
     night = [f"val-night-tiny-2-{i}.png" for i in range(min(per_set, 2))]
     assert run(tmp_path, per_set) == day + night
+
+
+def test_pictures_that_cannot_be_written_are_a_warning(tmp_path, monkeypatch):
+    def fail(number):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.warns(UserWarning, match="A picture could not be written: disk full. The run goes on"):
+        assert run(tmp_path, 1) == []
 
 
 def test_a_picture_shows_image_truth_and_prediction(tmp_path):

@@ -4,6 +4,8 @@ import csv
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -300,6 +302,34 @@ def test_a_signal_in_a_repeated_validation_is_obeyed_like_any(tmp_path, number):
     again = Send(number, hook="on_validation_batch_end", at=0)
     seen, _, stop = fit(tmp_path, again, folder / "last.ckpt", stops=True, **options)
     assert not seen and stop.exit_code == ENDS[number] and again.validations == 0
+
+
+SIGNALLED = """
+import os, sys, train
+class Signalled:
+    def find_spec(name, *args):
+        if name == "cli":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Signalled)
+train.main({words})
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_libraries_are_imported_waits_for_the_first_step_or_ends_it_in_a_line(
+    tmp_path, number, code
+):
+    path = write_config(tmp_path / "run.yaml", tiny_config())
+    words = ["--config", str(path), "--output", str(tmp_path / "run")]
+    program = SIGNALLED.format(number=int(number), words=words)
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    environment["PYTHONPATH"] = "."
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    if number == signal.SIGINT:
+        assert done.stderr == "interrupted\n"
+    else:
+        assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 1
 
 
 def test_a_second_interrupt_counts_also_after_another_signal(monkeypatch):

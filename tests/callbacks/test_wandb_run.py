@@ -120,8 +120,8 @@ def test_the_summary_holds_the_best_and_the_last_validation(run, started):
     rows = {row["trainer/global_step"]: row for row in started[0].history if "val/mIoU" in row}
     best = max(rows, key=lambda step: rows[step]["val/mIoU"])
     summary = started[0].summary
-    for which, step in (("best", best), ("last", 1)):
-        assert summary[f"{which}/step"] == step + 1
+    for which, step in (("best", best), ("last", 2)):
+        assert summary[f"{which}/step"] == step
         for name in ("mIoU", "day/mIoU", "night/aAcc"):
             assert summary[f"{which}/{name}"] == pytest.approx(rows[step][f"val/{name}"])
     assert not any("/IoU/" in name for name in summary if name.startswith(("best", "last")))
@@ -136,7 +136,7 @@ def test_a_resumed_run_goes_on_under_its_id_and_on_its_axis_of_steps(run, starte
     assert len(started) == 2 and started[0].run.run_id == started[1].run.run_id and started[1].run.resume
     assert json.loads((run / "run.json").read_text())["wandb_id"] == started[0].run.run_id
     steps = [{row["trainer/global_step"] for row in part.history} for part in started]
-    assert steps == [{0, 1}, {2, 3}]
+    assert steps == [{1, 2}, {3, 4}]
     axes = {metric.glob_name: metric.step_metric for metric in started[1].records["metric"]}
     assert axes["*"] == "trainer/global_step"
 
