@@ -1,5 +1,6 @@
 """FSDP: what is trained, its gradients and the optimiser's state are divided among the processes."""
 
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -105,6 +106,8 @@ def shard(network: nn.Module, frozen: set[Tensor], calls: tuple[str, ...], devic
         frozen: parameters that neither the optimiser nor a moving average changes; they stay whole.
         calls: methods of the network, beside its forward, from which its parts are run.
     """
+    # Nothing here writes in place into what a part returns, which this warns of at each of them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     world_size = torch.distributed.get_world_size()
     mesh = init_device_mesh(device.type, (world_size,))
     for unit in units(network, set(network.parameters()) - frozen):

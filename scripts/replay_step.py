@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.checkpoints import damage, set_rng_state
 from cli import build, for_this_device, load_checkpoint
-from config_files import UsageError, parse_yaml, short_errors
+from config_files import UsageError, parse_yaml, set_environment, short_errors
 from functional.gradients import gradient_norm, trained
 
 TRAINER_OPTIONS = ("precision", "accumulate_grad_batches", "sync_batchnorm", "accelerator")
@@ -120,6 +120,7 @@ def replay(path: Path) -> tuple[Replay, list[str]]:
     )
     with suppress(Replayed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
+        warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")
         trainer.fit(model, datamodule=Batches(batches), ckpt_path=path, weights_only=True)
     return watched, [name for batch in batches for name in sample_names(batch)]
 
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, help="a file of a run's folder non_finite")
     args = parser.parse_args(argv)
+    set_environment()
     with short_errors():
         watched, names = replay(args.file)
         print(f"samples: {', '.join(names)}")
