@@ -39,10 +39,8 @@ from lightning_modules.schedules import WarmupSteps
 from lightning_modules.supervised import Supervised
 from models.diff import latent_shape
 from models.diffusion.stable_diffusion import StableDiffusion
-from models.few_shot.hsnet import HSNet
-from models.few_shot.pfenet import PFENet
-from models.few_shot.resnet import ResNet
 from tests.fake_few_shot import fake_few_shot
+from tests.lightning_modules.test_difffss import host
 from tests.processes import exit_codes, in_processes
 from tests.tiny_diff import tiny_diff
 from tests.tiny_madm import Blocks, Pairs, spy
@@ -203,13 +201,10 @@ class Episodes(DifFSS):
         return super().training_step({**batch, "label": batch["label"] % 255}, batch_idx)
 
 
-@pytest.mark.parametrize("host", ["hsnet", "pfenet"])
-def test_two_processes_of_a_few_shot_network_step_as_one_with_the_whole_batch(tmp_path, host):
+@pytest.mark.parametrize("kind", ["hsnet", "pfenet", "bam"])
+def test_two_processes_of_a_few_shot_network_step_as_one_with_the_whole_batch(tmp_path, kind):
     def make():
-        torch.manual_seed(0)
-        backbone = ResNet((1, 1, 1, 1), (4, 4, 8, 8), deep_stem=True, dilated=host == "pfenet")
-        network = HSNet(backbone, (4, 8, 8)) if host == "hsnet" else PFENet(backbone, channels=8)
-        return Episodes(without_dropout(network), optimizer="adam", lr=1e-3, weight_decay=0.0)
+        return Episodes(without_dropout(host(kind)), optimizer="adam", lr=1e-3, weight_decay=0.0)
 
     def data(batch_size):
         return fake_few_shot(size=32, batch_size=batch_size)
