@@ -4,7 +4,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -497,11 +496,11 @@ def test_faulty_yaml_is_found_in_less_than_three_seconds_without_importing_torch
 @pytest.mark.slow
 def test_the_command_ends_with_exit_code_two_and_three_lines(config):
     command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--model.lrr", "1"]
-    start = time.monotonic()
+    start = cpu_seconds_of_children()
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
     )
-    assert time.monotonic() - start < 20
+    assert cpu_seconds_of_children() - start < 20
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) <= 3, done.stderr
     assert "Did you mean model.lr?" in done.stderr
 
