@@ -232,6 +232,8 @@ class SegmentationCLI(LightningCLI):
                 )
         except UsageError:
             raise
+        except SystemExit:  # Lightning's after Ctrl-C, before it is listened to
+            raise KeyboardInterrupt from None
         except (SaveError, NotFiniteError) as error:
             raise RunFailed(str(error)) from error
         except Exception as error:

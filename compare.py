@@ -1,7 +1,7 @@
 """Compare runs on one page: python compare.py RUN... [--output compare.html] [--worst N] [--score mIoU].
 
 RUN is a folder that train.py wrote; results that test.py left in it are shown too. Runs whose configs differ
-in nothing but seeds are runs of one experiment. The page is one HTML file that asks for nothing else.
+in nothing but seeds and what keeps books are one experiment. The page is one HTML file that asks for nothing.
 """
 
 import argparse
@@ -234,8 +234,9 @@ def run_section(groups: list[Group], score: str) -> str:
         for run in runs:
             git = run.record.get("git") or {}
             code = str(git.get("commit") or "–")[:8] + "*" * bool(git.get("dirty"))
-            logged = max((max(curve) for curve in run.curves.values()), default=0)  # also by a killed run
-            step = max(run.record.get("step", 0), logged)
+            # Also by a killed run; a rate is logged before its step.
+            logged = [max(curve) for name, curve in run.curves.items() if not name.startswith("lr-")]
+            step = max(run.record.get("step", 0), *logged, 0)
             facts.append([run.record.get("seed", "–"), run.record.get("status", "–"), step, code])
         seed, status, step, code = (
             escape(", ".join(dict.fromkeys(str(value)[:60] for value in column)))

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,10 +76,13 @@ def second_name(path: Path, name: Path) -> None:
     temporary = name.with_name(f".{name.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def damage(path: Path) -> str | None:
@@ -192,7 +194,6 @@ class Checkpoints(Checkpoint):
         self.drawn: dict[str, Any] = {}  # state of the DataModule after the latest optimiser step
         self.validation_due = False  # whether a validation belongs to this step and has not ended
         self.rng_to_restore: dict[str, Any] | None = None
-        self.before_validation: Callable[[Any], None] = lambda trainer: None  # of one that is repeated
         self.world_size: int | None = None  # of the checkpoint that a run goes on from
 
     def setup(self, trainer, pl_module, stage: str) -> None:
@@ -228,7 +229,6 @@ class Checkpoints(Checkpoint):
                 "here on it draws other samples and random numbers than an unbroken run would."
             )
         if self.validation_due:
-            self.before_validation(trainer)
             validate(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
@@ -236,6 +236,9 @@ class Checkpoints(Checkpoint):
         if self.rng_to_restore is not None:
             set_rng_state(self.rng_to_restore)
             self.rng_to_restore = None
+            # By what Lightning takes from a checkpoint, loggers would be a step behind from here on where the
+            # checkpoint is that of a validation to which no validation of this run corresponds.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
         self.at_boundary = trainer.global_step != self.stepped_at
@@ -253,7 +256,9 @@ class Checkpoints(Checkpoint):
             return
         self.validation_due = False
         score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and self.improves(score := float(score)):
+        # The first process's, because all have to agree on what is saved, whatever was logged.
+        score = trainer.strategy.broadcast(None if score is None else float(score))
+        if score is not None and self.improves(score):
             before, self.best_score = self.best_score, score
             if not self.save(trainer, "best"):
                 self.best_score = before

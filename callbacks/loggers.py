@@ -70,8 +70,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback) -> None:
-        """Write what was logged."""
+        """Write what was logged, and soon that of the saved step, which Lightning logs after it."""
         self.write()
+        self.wait_until = 0.0
 
     def write(self) -> None:
         """Write all rows; a failure is a warning, once."""

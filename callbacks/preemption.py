@@ -97,27 +97,12 @@ class Preemption(Checkpoint):
                 "Preemption saves by the callback Checkpoints: found none. Give the Trainer one, too."
             )
         self.checkpoints = found[0]
-        self.checkpoints.before_validation = self.take_over
-        SIGNALS.remember()
-
-    def on_sanity_check_start(self, trainer, pl_module) -> None:
-        self.take_over(trainer)
-
-    def on_train_start(self, trainer, pl_module) -> None:
-        self.take_over(trainer)
-
-    def take_over(self, trainer) -> None:
-        """Put our handlers in the place of Lightning's, which come later than on_fit_start.
-
-        Theirs exchange tensors between processes, or save, in the middle of whatever is going on.
-        """
+        # Lightning's handlers exchange tensors between processes, or save, in the middle of whatever goes on.
+        trainer._signal_connector.register_signal_handlers = SIGNALS.listen
         SIGNALS.listen()
-        if trainer.received_sigterm:
-            SIGNALS.received = SIGNALS.received or signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False  # or the first step would end the run unsaved
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        # After the last step the run ends by itself.
+        # After the last step the run ends by itself, or goes on to a validation, which is broken off.
         if self.checkpoints.at_boundary and trainer.global_step != trainer.max_steps:
             self.obey(trainer)
 
@@ -137,8 +122,8 @@ class Preemption(Checkpoint):
         self, trainer, pl_module, batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         within_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        unfinished = trainer.global_step != trainer.max_steps and self.checkpoints.at_boundary
-        if within_training and unfinished and batch_idx < self.common[dataloader_idx]:
+        between_steps = within_training and self.checkpoints.at_boundary
+        if between_steps and batch_idx < self.common[dataloader_idx]:
             self.obey(trainer)
             self.stop(trainer)
 

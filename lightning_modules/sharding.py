@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from functional.gradients import trained
@@ -57,6 +57,23 @@ class FSDP(DDPStrategy):
             torch.distributed.broadcast(tensor.detach(), 0)  # as DDP makes sure of
         frozen = set(module.frozen_parameters().values())
         shard(module.network, frozen, module.sharded_calls, self.root_device)
+
+    def on_validation_start(self) -> None:
+        """Gather all weights until the validation ends: not all processes need have equally many batches."""
+        for part in self.sharded():
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+
+    def on_validation_end(self) -> None:
+        """Divide the weights again."""
+        for part in self.sharded():
+            # The whole network's own are kept from the forward to the backward pass, as is torch's default.
+            part.set_reshard_after_forward(part is not self.lightning_module.network, recurse=False)
+            part.reshard()
+
+    def sharded(self) -> list[FSDPModule]:
+        """The parts whose weights are divided."""
+        return [part for part in self.lightning_module.modules() if isinstance(part, FSDPModule)]
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
         """The state of the module in whole tensors; all processes must call this."""

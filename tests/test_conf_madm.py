@@ -93,4 +93,4 @@ def test_a_published_experiment_takes_two_steps(experiment, tmp_path, monkeypatc
     assert {group["initial_lr"] for group in groups} == {5e-6}
     classifier = checkpoint["state_dict"]["network.ema_adapter.head.classifier.weight"]
     assert classifier.shape == (9 if "infrared" in experiment else 11, 256, 1, 1)
-    assert (run / "pictures/train-000000.png").is_file()
+    assert (run / "pictures/train-000001.png").is_file()

@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,6 +262,20 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path
         assert (found["weights"] == found["number"]).all()
 
 
+def test_a_copy_that_fails_leaves_no_part(tmp_path, monkeypatch):
+    def fail(path, target):
+        Path(target).write_bytes(b"part")
+        raise OSError(errno.ENOSPC, "disk full")
+
+    write_checkpoint({"number": 0}, tmp_path / "last.ckpt")
+    monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    monkeypatch.setattr("callbacks.checkpoints.shutil.copyfile", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint({"number": 1}, tmp_path / "last.ckpt", tmp_path / "previous.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert load(tmp_path / "last.ckpt") == {"number": 0}
+
+
 @contextmanager
 def no_file_above(size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -384,6 +399,23 @@ def test_a_run_killed_in_its_validation_repeats_it(tmp_path, at):
         assert fit(tmp_path / "part", tmp_path / "part/checkpoints/last.ckpt") == [4, 8][at // 8 :]
         fit(tmp_path / "whole")
     assert_same_end(*(tmp_path / name / "checkpoints" for name in ("whole", "part")), forked=True)
+
+
+def test_loggers_count_on_where_the_stop_had_a_validation_that_the_resumed_run_has_not(tmp_path):
+    class Steps(Callback):
+        def __init__(self):
+            self.logged = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.logged.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped + 1))
+
+    steps = Steps()
+    for last, interval, resume in ((3, 3, None), (8, 4, "last.ckpt")):
+        options = {"limit_val_batches": 1.0, "val_check_interval": interval}
+        trainer = tiny_trainer(tmp_path, last, [steps, Checkpoints()], **options)
+        path = resume and tmp_path / "checkpoints" / resume
+        trainer.fit(tiny_module(), datamodule=TinyDataModule(), ckpt_path=path, weights_only=True)
+    assert steps.logged == [(step, step) for step in range(1, 9)]
 
 
 def test_a_run_that_goes_on_with_another_number_of_processes_says_so(tmp_path):

@@ -49,6 +49,9 @@ def test_rows_are_written_while_training_goes_on(tmp_path):
         assert len(rows(tmp_path)) == 1  # where writing is slow, only now and then
     logger.after_save_checkpoint(None)  # but no row that belongs to a checkpoint is behind it
     assert len(rows(tmp_path)) == 3
+    logger.log_metrics({"a": 1}, step=3)  # Lightning logs a step after it was saved
+    logger.save()
+    assert len(rows(tmp_path)) == 4
 
 
 def test_rows_that_cannot_be_written_are_a_warning_and_come_later(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_every_second_step_is_drawn(tmp_path, accumulated):
     module = Offering(TinyNetwork(), "deliver11")
     train(tmp_path, module, 4, accumulate_grad_batches=accumulated)
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert names == ["train-000000.png", "train-000002.png"]
+    assert names == ["train-000001.png", "train-000003.png"]
     assert module.pictures is None  # nothing is kept in memory
     colors = {tuple(c) for c in np.asarray(Image.open(tmp_path / "pictures" / names[0])).reshape(-1, 3)}
     road, darkest = module.classes.colors[5], (8, 48, 107)

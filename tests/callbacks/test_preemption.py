@@ -149,12 +149,25 @@ def test_a_signal_after_the_step_was_saved_does_not_save_again(tmp_path, monkeyp
     assert saved == ["last"]
 
 
-@pytest.mark.parametrize(("hook", "at"), [("on_train_batch_start", 7), ("on_validation_batch_end", 0)])
-def test_a_run_that_has_made_its_last_step_ends_by_itself(tmp_path, requests, monkeypatch, hook, at):
+def test_a_run_that_has_made_its_last_step_ends_by_itself(tmp_path, requests, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    _, folder, _ = fit(tmp_path, Send(signal.SIGUSR1, at=7))
+    assert load(folder / "last.ckpt")["global_step"] == 8 and requests() == []
+
+
+@pytest.mark.parametrize(("hook", "at"), [("on_train_batch_start", 7), ("on_validation_batch_end", 0)])
+def test_the_last_validation_is_broken_off_too_and_repeated(tmp_path, requests, monkeypatch, hook, at):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    options = {"limit_val_batches": 1.0, "val_check_interval": 8}
     send = Send(signal.SIGUSR1, hook=hook, at=at)
-    _, folder, _ = fit(tmp_path, send, limit_val_batches=1.0, val_check_interval=8)
-    assert load(folder / "last.ckpt")["global_step"] == 8 and send.validations == 1 and requests() == []
+    _, folder, stop = fit(tmp_path, send, stops=True, **options)
+    assert stop.step == load(folder / "last.ckpt")["global_step"] == 8 and send.validations == 0
+    assert requests() == ["requeue 17"]
+    SIGNALS.restore()
+    again = Send()
+    seen, _, _ = fit(tmp_path, again, folder / "last.ckpt", **options)
+    assert not seen and again.validations == 1
+    assert not load(folder / "last.ckpt")["callbacks"]["Checkpoints"]["validation_due"]
 
 
 def test_what_the_step_before_the_stop_logged_is_kept(tmp_path):
@@ -330,6 +343,30 @@ def test_a_signal_while_libraries_are_imported_waits_for_the_first_step_or_ends_
         assert done.stderr == "interrupted\n"
     else:
         assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 1
+
+
+def test_lightnings_handlers_are_never_in_place(tmp_path):
+    class Handlers(Callback):
+        found = ()
+
+        def on_train_start(self, trainer, pl_module):
+            self.found = tuple(signal.getsignal(number) for number in ENDS)
+
+    handlers = Handlers()
+    fit(tmp_path, handlers)
+    assert handlers.found == (SIGNALS.note,) * 3
+
+
+def test_an_interrupt_before_training_is_listened_to_ends_the_command_in_a_line(
+    tmp_path, capsys, monkeypatch
+):
+    def interrupt(data, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datamodules.base.SegmentationDataModule.prepare_data", interrupt)
+    path = write_config(tmp_path / "run.yaml", tiny_config())
+    assert command(path, tmp_path / "run") == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_a_second_interrupt_counts_also_after_another_signal(monkeypatch):

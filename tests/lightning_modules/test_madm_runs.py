@@ -159,7 +159,7 @@ def test_panels_show_source_target_and_mixed_image(tmp_path, build, lplr):
     assert torch.equal(mixed["label"][~pasted], target["pseudo label"][~pasted])
     assert 1 / 11 <= target["confidence"].min() < target["confidence"].max() <= 1
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
-        "train-000000.png", "train-000002.png",
+        "train-000001.png", "train-000003.png",
     ]  # fmt: skip
 
 

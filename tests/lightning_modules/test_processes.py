@@ -347,6 +347,18 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_what_that_means
     assert torch.load(last, weights_only=True)["global_step"] == 4
 
 
+def test_all_processes_agree_on_the_best_also_by_a_score_of_each_process_alone(tmp_path):
+    def run():
+        checkpoints = Checkpoints(monitor="train/loss", mode="min")
+        options = {"limit_val_batches": 1.0, "val_check_interval": 1, **TWO}
+        trainer = tiny_trainer(tmp_path, 6, [checkpoints], **options)
+        trainer.fit(tiny_module(), TinyDataModule())
+        (tmp_path / str(trainer.global_rank)).write_text(str(checkpoints.best_score))
+
+    in_processes(run)
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+
+
 # --- failures
 
 

@@ -20,7 +20,7 @@ from tests.processes import in_processes, smooth
 from tests.tiny_diff import tiny_diff
 from tests.tiny_madm import Pairs
 from tests.tiny_run import tiny_config, write_config
-from tests.tiny_training import TinyDataModule, assert_equal, tiny_module, tiny_trainer
+from tests.tiny_training import TinyDataModule, TinyDataset, assert_equal, tiny_module, tiny_trainer
 from train import main
 
 
@@ -118,6 +118,30 @@ def test_all_processes_validate_on_the_running_statistics_of_the_first(tmp_path)
     for name, strategy in (("ddp", "ddp"), ("fsdp", FSDP())):
         found = train(tmp_path / name, tiny, strategy, 2, **options)
         scores.append(found["callbacks"]["Checkpoints"]["best_score"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3) and scores[0] > 0
+
+
+class Uneven(TinyDataModule):
+    """A set of three images in batches of one: the processes have different numbers of batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.eval_batch_size = 1
+
+    def eval_datasets(self, split):
+        return {"three": TinyDataset(3, 1)}
+
+
+def test_processes_with_different_numbers_of_batches_validate_and_train_on(tmp_path):
+    class Whole(Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            assert shards(pl_module.parameters()) == 1
+
+    found, options = [], {"limit_val_batches": 1.0, "val_check_interval": 2, "data": Uneven}
+    for name, strategy, callbacks in (("ddp", "ddp", []), ("fsdp", FSDP(), [Half(), Whole()])):
+        found.append(train(tmp_path / name, tiny, strategy, callbacks=callbacks, **options))
+    assert_close(found[1], found[0], **CLOSE)
+    scores = [end["callbacks"]["Checkpoints"]["best_score"] for end in found]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3) and scores[0] > 0
 
 
