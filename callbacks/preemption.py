@@ -98,7 +98,10 @@ class Preemption(Checkpoint):
             )
         self.checkpoints = found[0]
         # Lightning's handlers exchange tensors between processes, or save, in the middle of whatever goes on.
-        trainer._signal_connector.register_signal_handlers = SIGNALS.listen
+        # It puts back those of before when the training ends, in whatever way.
+        connector = trainer._signal_connector
+        connector._original_handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+        connector.register_signal_handlers = SIGNALS.listen
         SIGNALS.listen()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:

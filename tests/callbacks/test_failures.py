@@ -130,19 +130,14 @@ def test_a_lost_worker_names_the_samples_that_were_asked_for(tmp_path, fault, fo
     assert "last.ckpt of step" in text
 
 
-def test_a_worker_that_dies_within_a_step_is_told_of_when_the_step_is_saved(tmp_path, monkeypatch):
-    # As in a new process: torch sets its handler of SIGCHLD once, Lightning takes it off after a training.
-    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    others = multiprocessing.active_children()  # of a failed training before, until its errors are collected
-
+def test_a_worker_that_dies_within_a_step_is_told_of_when_the_step_is_saved(tmp_path, new_process):
     class Killing(TinyNetwork):
         passes, at_end = 0, False
 
         def forward(self, image):
             self.passes += 1
             if self.passes == 3:
-                (worker,) = [each for each in multiprocessing.active_children() if each not in others]
+                (worker,) = multiprocessing.active_children()
                 os.kill(worker.pid, signal.SIGKILL)
                 time.sleep(0.3)
                 self.at_end = True

@@ -345,16 +345,20 @@ def test_a_signal_while_libraries_are_imported_waits_for_the_first_step_or_ends_
         assert load(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 1
 
 
-def test_lightnings_handlers_are_never_in_place(tmp_path):
+def test_lightnings_handlers_are_never_in_place_and_those_of_before_come_back(tmp_path):
     class Handlers(Callback):
         found = ()
 
         def on_train_start(self, trainer, pl_module):
             self.found = tuple(signal.getsignal(number) for number in ENDS)
 
+    before = {number: signal.getsignal(number) for number in ENDS}
     handlers = Handlers()
     fit(tmp_path, handlers)
     assert handlers.found == (SIGNALS.note,) * 3
+    assert {number: signal.getsignal(number) for number in ENDS} == before
+    fit(tmp_path, Send(signal.SIGTERM), stops=True)
+    assert {number: signal.getsignal(number) for number in ENDS} == before
 
 
 def test_an_interrupt_before_training_is_listened_to_ends_the_command_in_a_line(

@@ -1,6 +1,5 @@
 """Training samples whose files cannot be read, and workers that are sent signals (F17, F19)."""
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -190,12 +189,6 @@ def test_of_an_adaptation_both_parts_are_named_and_of_an_episode_all_its_images(
 # --- signals to workers
 
 
-@pytest.fixture
-def no_others():
-    """End the workers of failed trainings in tests before, which live until the errors are collected."""
-    gc.collect()
-
-
 def workers() -> list[multiprocessing.Process]:
     return multiprocessing.active_children()
 
@@ -205,7 +198,7 @@ def send(number: int) -> None:
     os.spawnvp(os.P_WAIT, "kill", ["kill", f"-{int(number)}", *(str(w.pid) for w in workers())])
 
 
-def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader(no_others):
+def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader(new_process):
     data = TinyDataModule(num_workers=2)
     loader = iter(data.train_dataloader())
     batches = [next(loader)]
@@ -220,7 +213,7 @@ def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loa
     assert workers() == [] and time.monotonic() - start < 4
 
 
-def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_main_process(no_others):
+def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_main_process(new_process):
     loader = iter(TinyDataModule(num_workers=2).train_dataloader())
     next(loader)
     for worker in workers():
