@@ -273,6 +273,7 @@ def train(args: list[str]) -> None:
     Raises:
         SystemExit: the run was stopped by a signal, see callbacks.preemption.EXIT_CODES.
     """
+    SIGNALS.remember()
     SIGNALS.listen([signal.SIGUSR1])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
     command = None

@@ -50,7 +50,6 @@ class Signals:
 
     def listen(self, numbers: Iterable[int] = EXIT_CODES) -> None:
         """Put the handlers in place, also where a library has put its own over them."""
-        self.remember()
         for number in numbers:
             signal.signal(number, self.note)
 
@@ -152,6 +151,9 @@ class Preemption(Checkpoint):
         received = torch.tensor(SIGNALS.received, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
         return int(received)
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        SIGNALS.forget()
 
     def teardown(self, trainer, pl_module, stage: str) -> None:
         SIGNALS.forget()
