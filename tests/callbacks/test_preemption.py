@@ -318,7 +318,8 @@ def test_a_signal_in_a_repeated_validation_is_obeyed_like_any(tmp_path, number):
 
 
 SIGNALLED = """
-import os, sys, train
+import os, signal, sys, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Signalled:
     def find_spec(name, *args):
         if name == "cli":
@@ -328,7 +329,10 @@ train.main({words})
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_signal_while_libraries_are_imported_waits_for_the_first_step_or_ends_it_in_a_line(
     tmp_path, number, code
 ):
