@@ -56,8 +56,8 @@ class Panels(Callback):
             )
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
-        self.step = trainer.global_step + 1
-        due = trainer.is_global_zero and (self.step - 1) % self.every_n_steps == 0
+        self.step = trainer.global_step
+        due = trainer.is_global_zero and self.step % self.every_n_steps == 0
         pl_module.pictures = {} if due else None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
@@ -73,7 +73,8 @@ class Panels(Callback):
         width = max(row.shape[1] for row in rows)
         panel = stack([*rows, legend(table.names, table.colors, width, ignored=True)])
         pl_module.pictures = None
+        name = f"train-{self.step + 1:06d}.png"  # the number of steps done, as in metrics.csv
         with a_failure_is_a_warning("A picture"):
-            write_picture(panel, Path(trainer.default_root_dir) / "pictures" / f"train-{self.step:06d}.png")
+            write_picture(panel, Path(trainer.default_root_dir) / "pictures" / name)
         for logger in (logger for logger in trainer.loggers if isinstance(logger, WandbLogger)):
-            logger.log_image("train/pictures", [panel], step=self.step - 1)  # as Lightning counts
+            logger.log_image("train/pictures", [panel], step=self.step)

@@ -10,18 +10,17 @@ already are left alone, so that an interrupted command goes on where it stopped.
 
 import argparse
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from config_files import short_errors
 from functional.classes import COCO81
 from mistakes import edge_errors
+from scripts.convert_labels import write_label
 
 
 def run_lengths(packed: str) -> list[int]:
@@ -133,9 +132,7 @@ def write_labels(root: Path, split: str, overwrite: bool = False) -> tuple[int, 
         if target.exists() and not overwrite:
             continue
         label = draw_label(image["height"], image["width"], instances[image["id"]], ids)
-        temporary = target.with_name(f".{target.name}.tmp")
-        Image.fromarray(label).save(temporary, "png")
-        os.replace(temporary, target)  # nobody finds part of a file, whenever the command is interrupted
+        write_label(label, target)
         written += 1
     return written, len(found["images"]) - written
 

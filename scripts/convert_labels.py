@@ -57,11 +57,15 @@ def convert(published: Published, table: np.ndarray, source: Path) -> str:
         ids = read_label(source, first_channel=True, mode=published.mode)
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    target = train_id_file(published, source)
-    temporary = target.with_name(f".{target.name}.tmp")
-    Image.fromarray(table[ids]).save(temporary, "png")
-    os.replace(temporary, target)  # nobody finds part of a file, whenever the command is interrupted
+    write_label(table[ids], train_id_file(published, source))
     return ""
+
+
+def write_label(ids: np.ndarray, target: Path) -> None:
+    """Write train ids uint8 [H, W]; nobody finds part of a file, whenever the command is interrupted."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    Image.fromarray(ids).save(temporary, "png")
+    os.replace(temporary, target)
 
 
 def train_id_file(published: Published, source: Path) -> Path:

@@ -53,6 +53,19 @@ def red_or_blue(batch=1, seed=0) -> Episodes:
     )
 
 
+def loss_after_training(host: torch.nn.Module) -> torch.Tensor:
+    """The loss of a few-shot host after 40 steps on red_or_blue."""
+    host.train()
+    episodes = red_or_blue()
+    optimizer = torch.optim.Adam(host.parameters(), lr=0.005)
+    for _ in range(40):
+        loss = host.losses(episodes)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss
+
+
 def tiny_backbone(seed=0) -> ResNet:
     torch.manual_seed(seed)
     backbone = ResNet(blocks=(1, 1, 1, 1), planes=(4, 4, 8, 8), dilated=True).eval()
