@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from callbacks.checkpoints import Checkpoints, SaveError
-from callbacks.failures import WorkerErrors, describe
+from callbacks.failures import describe
 from callbacks.finite import Finite, NotFiniteError
 from callbacks.loggers import MetricsCSV, WandbRun, experiment_name
 from callbacks.predictions import Predictions
@@ -210,7 +210,7 @@ class SegmentationCLI(LightningCLI):
         self.record = record = RunRecord(self.folder, given, config, command, seed, wandb_id)
         # From this text test.py and predict.py build the model again.
         self.config_init.checkpoints.config_text = record.config
-        loggers, extra = [], [record, Preemption(), WorkerErrors()]
+        loggers, extra = [], [record, Preemption()]
         if self.config.trainer.logger is not False:
             loggers = [MetricsCSV(self.folder), *self._wandb_runs(record)]
             extra.append(LearningRateMonitor("step"))

@@ -3,7 +3,7 @@
     python -m benchmarks.guards --pairs 100 --output benchmarks/results/guards_cpu.json
 
 The guards are the finite check with its gradient norm and notes of random numbers, the bookkeeping of
-checkpoints, and the looks at signals and data workers. Every second step goes without their callbacks, and
+checkpoints, and the looks at signals. Every second step goes without their callbacks, and
 without the norm, unless the method clips by it. Nothing is saved within the timed steps. It is one process:
 what several ask each other in every step, one number, is not in it.
 """
@@ -19,12 +19,11 @@ from tqdm import tqdm
 from benchmarks.record import provenance, report
 from benchmarks.throughput import now
 from callbacks.checkpoints import Checkpoints
-from callbacks.failures import WorkerErrors
 from callbacks.finite import Finite
 from callbacks.preemption import Preemption
 from cli import SegmentationCLI
 
-GUARDS = (Checkpoints, Finite, Preemption, WorkerErrors)
+GUARDS = (Checkpoints, Finite, Preemption)
 CONFIGS = ("conf/mini/supervised_street.yaml", "conf/mini/madm_rgb2depth.yaml")
 
 

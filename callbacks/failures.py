@@ -3,13 +3,10 @@
 import errno
 import inspect
 import re
-import signal
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.checkpoints import LAST, PREVIOUS, damage
 
@@ -22,8 +19,6 @@ DISK_FULL = {
 }
 WORKER_DIED = r"DataLoader worker \(pid.*?(exited unexpectedly|is killed by signal: [^.]*)"
 WORKER_HANGS = r"DataLoader timed out after (\S+) seconds"
-# A worker that dies while the main process takes a batch from it shows itself by one of these.
-CUT_OFF = (ConnectionError, FileNotFoundError, EOFError)
 WORKER_MEMORY = r"Caught \w*MemoryError in DataLoader worker|DataLoader worker.*Allocator: can't alloc"
 SHARED_MEMORY = r"signal: Bus error|shared memory.*No space left|</torch_.*No space left"
 CPU_MEMORY = r"DefaultCPUAllocator: can't allocate memory|DefaultCPUAllocator: not enough memory"
@@ -31,40 +26,6 @@ OTHER_RANK = (
     r"Connection (closed|reset) by peer|Socket closed|Broken pipe"
     r"|Timed out waiting .* for (recv|send)|collective operation timeout|Heart ?beat.*timed? ?out"
 )
-
-
-class WorkerErrors(Checkpoint):
-    """Holds back, until a step is done and saved, the error by which torch tells that a worker died.
-
-    torch raises it from its handler of SIGCHLD, at any instruction: in an optimiser's step the weights would
-    be lost, in the writing of a checkpoint it would look like a full disk. A Checkpoint, because Lightning
-    calls these after all other callbacks; it belongs behind Checkpoints.
-    """
-
-    def __init__(self):
-        self.handler, self.noted = None, False
-
-    def note(self, number: int, frame: object) -> None:
-        self.noted = True
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
-        self.handler, self.noted = signal.getsignal(signal.SIGCHLD), False
-        if callable(self.handler):
-            signal.signal(signal.SIGCHLD, self.note)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx: int) -> None:
-        handler = self.handler
-        self.restore()
-        if self.noted and callable(handler):
-            handler(signal.SIGCHLD, None)  # looks at the workers, and raises if one has died
-
-    def restore(self) -> None:
-        if callable(self.handler):
-            signal.signal(signal.SIGCHLD, self.handler)
-        self.handler = None
-
-    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
-        self.restore()
 
 
 def describe(error: BaseException, trainer) -> str | None:
@@ -109,8 +70,7 @@ def way_on(trainer) -> str:
 
 def worker_failure(error: BaseException, trainer) -> str | None:
     """A worker of a loader that died, hangs, or has no memory."""
-    cut_off = isinstance(error, CUT_OFF) and while_taking_a_batch(error)
-    if not (cut_off or isinstance(error, RuntimeError | MemoryError)):
+    if not isinstance(error, RuntimeError | MemoryError):
         return None
     text, data = str(error), trainer.datamodule
     workers, batch_size = getattr(data, "num_workers", "?"), getattr(data, "batch_size", "?")
@@ -124,9 +84,9 @@ def worker_failure(error: BaseException, trainer) -> str | None:
         )
     if re.search(WORKER_MEMORY, text, re.DOTALL):
         return f"A data worker ran out of memory: found {last_line(text)!r}; {asked}.\n{less}."
-    if cut_off or (found := re.search(WORKER_DIED, text)):
+    if found := re.search(WORKER_DIED, text):
         return (
-            f"A data worker died: found that it {'broke off' if cut_off else found[1]}; {asked}.\n"
+            f"A data worker died: found that it {found[1]}; {asked}.\n"
             f"Most often the machine has no memory left (see dmesg, or sacct -o MaxRSS). {less}."
         )
     if found := re.search(WORKER_HANGS, text):
@@ -135,12 +95,6 @@ def worker_failure(error: BaseException, trainer) -> str | None:
             "Check that these files can be read (is a network drive gone?) and that workers have cores."
         )
     return None
-
-
-def while_taking_a_batch(error: BaseException) -> bool:
-    """Whether an error arose where a batch of a worker is unpacked."""
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(file.endswith("torch/multiprocessing/reductions.py") for file in files)
 
 
 def samples(data) -> str:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import SegmentationDataModule, TrainingSamples, WorkerLoader, to_tensors
+from datamodules.base import SegmentationDataModule, TrainingSamples, to_tensors
 from datamodules.rare_classes import RareClassSampling, source_samples
 from datamodules.samplers import StepBatchSampler, sample_seed
+from datamodules.workers import WorkerLoader
 from functional.classes import IGNORE_INDEX
 
 

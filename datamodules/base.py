@@ -1,14 +1,10 @@
 """What every segmentation DataModule shares: resumable training batches, evaluation sets in order."""
 
-import os
-import signal
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from operator import itemgetter
 from typing import Literal, Protocol
 
-import cv2
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from datamodules.reading import UnreadableFile
 from datamodules.samplers import StepBatchSampler, sample_seed
 from datamodules.transforms import Transform
+from datamodules.workers import WORKER_TIMEOUT, WorkerLoader
 
-WORKER_TIMEOUT = 300  # seconds without a batch after which a hung worker is an error
 # Of unreadable training samples: more mean that a disk is failing or the wrong data is there.
 MOST_IN_A_ROW, MOST_OF_ALL, ALWAYS_ALLOWED = 100, 0.01, 10
 REDRAW = 2**40  # distance of a replacement's draw from the replaced one; no run comes so far
@@ -141,44 +137,6 @@ def image_shape(batch: dict) -> torch.Size | None:
     return next(filter(None, shapes), None)
 
 
-def prepare_worker(worker: int) -> None:
-    """Keep a loader's worker on one core, and alive while the main process saves after a signal to all.
-
-    A terminal and SLURM send their signals to the workers too, whose death would be an error in the main
-    process. SIGINT and SIGUSR1 are ignored, and so is a first SIGTERM that the main process has not sent.
-    """
-    cv2.setNumThreads(0)  # it would start as many threads as the machine has cores
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        # A handler would not learn who sent the signal, nor run while a library's call hangs; a thread does.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_on_sigterm, daemon=True).start()
-
-
-class WorkerLoader(DataLoader):
-    """A DataLoader whose workers have SIGTERM blocked from their first instruction, see prepare_worker.
-
-    A library may start threads in each forked process (OpenTelemetry does, which wandb uses), and a thread
-    that does not block a signal would receive it.
-    """
-
-    def __iter__(self):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def end_on_sigterm() -> None:
-    """End this process at the main process's first SIGTERM, or at the second one of others."""
-    for _ in range(2):
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
-            os._exit(0)  # as torch's own handler does: another code would be an error in the main process
-    os._exit(128 + signal.SIGTERM)
-
-
 class SegmentationDataModule(LightningDataModule, ABC):
     """Batches of "image" float32 [B, 3, H, W] RGB in [0, 1], "label" int64 [B, H, W] (255 ignored), "name".
 
@@ -292,7 +250,6 @@ class SegmentationDataModule(LightningDataModule, ABC):
             "num_workers": self.num_workers,
             "persistent_workers": workers,
             "timeout": WORKER_TIMEOUT if workers else 0,
-            "worker_init_fn": prepare_worker,
             "pin_memory": torch.cuda.is_available(),
             # Without a generator of its own an iterator draws from the global one, and dropout would change
             # with the number of validation runs.

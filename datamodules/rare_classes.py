@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datamodules.base import LabelledDataset, SegmentationDataModule, TrainingSamples, to_tensors
 from datamodules.samplers import sample_seed
 from datamodules.transforms import Transform
+from datamodules.workers import WorkerLoader
 from functional.classes import IGNORE_INDEX
 
 RECROPS = 10  # further crops of an image whose crop shows too little of the drawn class
@@ -31,7 +31,7 @@ def pixels_of_label(dataset: LabelledDataset, index: int) -> np.ndarray:
 
 def count_pixels(dataset: LabelledDataset, num_workers: int = 0) -> np.ndarray:
     """pixels_of_label of a whole training set, [N, 255]; the workers share the labels between them."""
-    loader = DataLoader(
+    loader = WorkerLoader(
         range(len(dataset)),
         batch_size=None,
         collate_fn=partial(pixels_of_label, dataset),  # it is the workers who call it

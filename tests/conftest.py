@@ -2,7 +2,6 @@
 
 import gc
 import os
-import signal
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,15 +12,9 @@ import torch
 
 
 @pytest.fixture
-def new_process(monkeypatch):
-    """Data workers are watched over as in a process that has not trained before.
-
-    Those of failed trainings live until their errors are collected. Torch sets its handler of SIGCHLD once in
-    a process, and Lightning takes it off after a training: a dead worker would show itself after a timeout.
-    """
+def no_workers():
+    """Data workers of trainings that failed before have ended; they live until their errors are collected."""
     gc.collect()
-    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

@@ -20,6 +20,6 @@ def test_every_second_step_goes_without_guards(tmp_path, monkeypatch):
     monkeypatch.setattr(guards, "CONFIGS", ())
     config, output = write_config(tmp_path / "tiny.yaml", tiny_config()), tmp_path / "guards.json"
     main(["--config", str(config), "--pairs", "3", "--warmup", "1", "--output", str(output)])
-    assert seen[:8] == [(4, False), (0, True)] * 4
+    assert seen[:8] == [(3, False), (0, True)] * 4
     found = json.loads(output.read_text())
     assert found["steps"][str(config)]["pairs"] == 3 and found["commit"]

@@ -1,9 +1,5 @@
-"""Training samples whose files cannot be read, and workers that are sent signals (F17, F19)."""
+"""Training samples whose files cannot be read, and what was asked for last (F17, F19)."""
 
-import multiprocessing
-import os
-import signal
-import time
 from itertools import islice
 
 import pytest
@@ -184,52 +180,3 @@ def test_of_an_adaptation_both_parts_are_named_and_of_an_episode_all_its_images(
     (name,) = names(first_batches(episodes, 1))
     (title,) = episodes.asked_last()
     assert title.startswith(f"{name} (supports image-")
-
-
-# --- signals to workers
-
-
-def workers() -> list[multiprocessing.Process]:
-    return multiprocessing.active_children()
-
-
-def send(number: int) -> None:
-    """Signal all workers as a terminal or SLURM does: by another process than the main one."""
-    os.spawnvp(os.P_WAIT, "kill", ["kill", f"-{int(number)}", *(str(w.pid) for w in workers())])
-
-
-def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader(new_process):
-    data = TinyDataModule(num_workers=2)
-    loader = iter(data.train_dataloader())
-    batches = [next(loader)]
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        send(number)
-    time.sleep(0.2)
-    batches += islice(loader, 5)
-    assert_equal(batches, first_batches(TinyDataModule()))
-    assert len(workers()) == 2
-    start = time.monotonic()
-    del loader
-    assert workers() == [] and time.monotonic() - start < 4
-
-
-def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_main_process(new_process):
-    loader = iter(TinyDataModule(num_workers=2).train_dataloader())
-    next(loader)
-    for worker in workers():
-        worker.terminate()
-    for worker in workers():
-        worker.join(2)
-    assert workers() == []
-    del loader
-    loader = iter(TinyDataModule(num_workers=1).train_dataloader())
-    next(loader)
-    send(signal.SIGTERM)
-    time.sleep(0.2)
-    next(loader)
-    with pytest.raises((RuntimeError, ConnectionError, FileNotFoundError, EOFError)):
-        send(signal.SIGTERM)
-        for _ in range(100):
-            next(loader)
-    del loader
-    assert workers() == []

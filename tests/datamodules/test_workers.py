@@ -1,0 +1,106 @@
+"""Processes that load data: signals to them, their death, and their end (F19)."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from itertools import islice
+
+import pytest
+from torch.utils.data import Dataset
+
+from datamodules.workers import WorkerLoader
+from tests.tiny_training import TinyDataModule, assert_equal
+
+
+class Slow(Dataset):
+    """Samples that take ten minutes."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(600)
+
+
+def workers() -> list[multiprocessing.Process]:
+    return multiprocessing.active_children()
+
+
+def send(number: int) -> None:
+    """Signal all workers as a terminal or SLURM does: by another process than the main one."""
+    os.spawnvp(os.P_WAIT, "kill", ["kill", f"-{int(number)}", *(str(w.pid) for w in workers())])
+
+
+def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader(no_workers):
+    data = TinyDataModule(num_workers=2)
+    loader = iter(data.train_dataloader())
+    batches = [next(loader)]
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        send(number)
+    time.sleep(0.2)
+    batches += islice(loader, 5)
+    assert_equal(batches, list(islice(TinyDataModule().train_dataloader(), 6)))
+    assert len(workers()) == 2
+    start = time.monotonic()
+    del loader
+    assert workers() == [] and time.monotonic() - start < 4
+
+
+def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_main_process(no_workers):
+    loader = iter(TinyDataModule(num_workers=2).train_dataloader())
+    next(loader)
+    for worker in workers():
+        worker.terminate()
+    for worker in workers():
+        worker.join(2)
+    assert workers() == []
+    del loader
+    loader = iter(TinyDataModule(num_workers=1).train_dataloader())
+    next(loader)
+    send(signal.SIGTERM)
+    time.sleep(0.2)
+    next(loader)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        send(signal.SIGTERM)
+        for _ in range(100):
+            next(loader)
+    del loader
+    assert workers() == []
+
+
+@pytest.mark.parametrize("timeout", [0, 300])
+def test_a_dead_worker_is_an_error_with_its_signal_where_its_batch_is_waited_for(no_workers, timeout):
+    loader = WorkerLoader(range(100), num_workers=2, timeout=timeout)
+    batches = iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert not callable(handler)  # torch's own would raise at any instruction
+    next(batches)
+    for worker in workers():
+        worker.kill()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="is killed by signal: Killed"):
+        list(batches)
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_a_hung_worker_is_an_error_after_the_timeout(no_workers):
+    batches = iter(WorkerLoader(Slow(), num_workers=1, timeout=1.5))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"timed out after 1\.5 seconds"):
+        next(batches)
+    assert time.monotonic() - start > 1.4
+
+
+def test_a_loader_ends_also_where_a_killed_worker_held_the_lock_of_its_end(no_workers):
+    batches = iter(WorkerLoader(range(100), num_workers=2))
+    next(batches)
+    batches._workers_done_event._cond.acquire()
+    workers()[0].kill()
+    workers()[0].join()
+    ending = threading.Thread(target=batches._shutdown_workers, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive() and workers() == []
