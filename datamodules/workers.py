@@ -63,7 +63,6 @@ class WorkerLoader(DataLoader):
     def _get_iterator(self):
         if self.num_workers == 0:
             return super()._get_iterator()
-        self.check_worker_number_rationality()
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = WorkerIterator(self)
         if threading.current_thread() is threading.main_thread():

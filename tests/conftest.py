@@ -1,6 +1,6 @@
 """Settings shared by all tests: no network, no online checks, marked tests skipped with their reason."""
 
-import gc
+import multiprocessing
 import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -11,10 +11,16 @@ import pytest
 import torch
 
 
-@pytest.fixture
-def no_workers():
-    """Data workers of trainings that failed before have ended; they live until their errors are collected."""
-    gc.collect()
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    """End the data workers that a test leaves behind: those of a failed training live on with its error.
+
+    Garbage collection would end them at any moment of another test, in any thread, and slowly.
+    """
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 def pytest_collection_modifyitems(items):

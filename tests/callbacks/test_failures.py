@@ -128,7 +128,7 @@ def test_a_lost_worker_names_the_samples_that_were_asked_for(tmp_path, fault, fo
     assert "last.ckpt of step" in text
 
 
-def test_a_worker_that_dies_within_a_step_lets_the_step_end_and_is_told_of(tmp_path, no_workers):
+def test_a_worker_that_dies_within_a_step_lets_the_step_end_and_is_told_of(tmp_path):
     class Killing(TinyNetwork):
         passes, ended = 0, 0
 

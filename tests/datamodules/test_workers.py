@@ -33,7 +33,7 @@ def send(number: int) -> None:
     os.spawnvp(os.P_WAIT, "kill", ["kill", f"-{int(number)}", *(str(w.pid) for w in workers())])
 
 
-def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader(no_workers):
+def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader():
     data = TinyDataModule(num_workers=2)
     loader = iter(data.train_dataloader())
     batches = [next(loader)]
@@ -48,7 +48,7 @@ def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loa
     assert workers() == [] and time.monotonic() - start < 4
 
 
-def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_main_process(no_workers):
+def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_main_process():
     loader = iter(TinyDataModule(num_workers=2).train_dataloader())
     next(loader)
     for worker in workers():
@@ -71,7 +71,7 @@ def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_mai
 
 
 @pytest.mark.parametrize("timeout", [0, 300])
-def test_a_dead_worker_is_an_error_with_its_signal_where_its_batch_is_waited_for(no_workers, timeout):
+def test_a_dead_worker_is_an_error_with_its_signal_where_its_batch_is_waited_for(timeout):
     loader = WorkerLoader(range(100), num_workers=2, timeout=timeout)
     batches = iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
@@ -86,7 +86,7 @@ def test_a_dead_worker_is_an_error_with_its_signal_where_its_batch_is_waited_for
 
 
 @pytest.mark.slow
-def test_a_hung_worker_is_an_error_after_the_timeout(no_workers):
+def test_a_hung_worker_is_an_error_after_the_timeout():
     batches = iter(WorkerLoader(Slow(), num_workers=1, timeout=1.5))
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"timed out after 1\.5 seconds"):
@@ -94,7 +94,7 @@ def test_a_hung_worker_is_an_error_after_the_timeout(no_workers):
     assert time.monotonic() - start > 1.4
 
 
-def test_a_loader_ends_also_where_a_killed_worker_held_the_lock_of_its_end(no_workers):
+def test_a_loader_ends_also_where_a_killed_worker_held_the_lock_of_its_end():
     batches = iter(WorkerLoader(range(100), num_workers=2))
     next(batches)
     batches._workers_done_event._cond.acquire()

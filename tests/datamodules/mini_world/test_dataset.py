@@ -3,12 +3,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from datamodules.mini_world.datamodule import MiniObjectsDataModule, MiniStreetDataModule
 from datamodules.mini_world.dataset import MiniObjectsDataset, MiniStreetDataset
 from datamodules.mini_world.objects import CATEGORIES, FOLDS
 from datamodules.mini_world.street import CONDITIONS, MODALITIES, render_street
+from datamodules.workers import WorkerLoader
 from functional.classes import class_table
 
 
@@ -92,7 +92,7 @@ def test_a_dataset_ends_after_its_length():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_do_not_change_the_batches(workers):
-    loader = DataLoader(MiniObjectsDataset("val", 6), batch_size=3, num_workers=workers)
+    loader = WorkerLoader(MiniObjectsDataset("val", 6), batch_size=3, num_workers=workers)
     images = torch.cat([batch["image"] for batch in loader])
     expected = np.stack([MiniObjectsDataset("val", 6)[i]["image"] for i in range(6)])
     assert np.array_equal(images.numpy(), expected)
