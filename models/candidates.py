@@ -253,10 +253,12 @@ class ClipCandidates:
     def __call__(self, batch: dict, table: ClassTable) -> list[list[int]]:
         first = int(table.has_background)
         words, names = table.words[first:], batch["name"]
-        of = self.choice(words)
-        key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
         images, texts = BRANCHES[1:]
-        kept = {} if self.cache is None else self.cache.content.get(key, {})
+        kept = {}
+        if self.cache is not None:
+            of = self.choice(words)
+            key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
+            kept = self.cache.content.get(key, {})
         passed = {
             i: (kept[images][name], kept[texts][name])
             for i, name in enumerate(names)
@@ -273,9 +275,9 @@ class ClipCandidates:
 
     def choice(self, words: Sequence[str]) -> dict:
         """What the candidates depend on besides the image."""
-        choice = {"model": self.clip.path, "image_threshold": self.image_threshold, "classes": list(words)}
+        choice = {"model": self.clip.key, "image_threshold": self.image_threshold, "classes": list(words)}
         if self.captioner is not None:
-            choice |= {"text_threshold": self.text_threshold, "captioner": self.captioner.path}
+            choice |= {"text_threshold": self.text_threshold, "captioner": self.captioner.key}
         return choice
 
     @torch.no_grad()

@@ -4,12 +4,14 @@ sentence that begins with "a photograph of <class>".
 VisionLanguageModel and JsonFile, which keeps answers, serve CLIP too (models/candidates.py).
 """
 
+import hashlib
 import json
 import os
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -97,6 +99,18 @@ class VisionLanguageModel:
         """Read the first of these JSON files that exists."""
         file = next(self.folder / name for name in names if (self.folder / name).is_file())
         return json.loads(file.read_text("utf-8"))
+
+    @cached_property
+    def key(self) -> str:
+        """What kept answers go by: the last part of the path, and a SHA-256 over the files of the model.
+
+        They hold for a copy in another place, and not for other weights in the same one.
+        """
+        digest = hashlib.sha256()
+        for file in sorted(file for pattern in DOWNLOADED for file in self.folder.glob(pattern)):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+        return f"{PurePath(self.path).name} {digest.hexdigest()[:16]}"
 
     def load(self, device: torch.device) -> None:
         """Read tokenizer and weights if that was not done, and move the model to the device.
@@ -234,8 +248,9 @@ class Captioner:
     Args:
         path: folder or hub name, such as Salesforce/blip-image-captioning-large; its files must be there at
             once, the weights are read when the first caption is made.
-        cache: JSON file that keeps captions by model, name of the image and prefix; None makes each anew.
-            Names must tell images apart: give each data set a file of its own.
+        cache: JSON file that keeps captions by model (its files are read once for their SHA-256), name of the
+            image and prefix; None makes each anew. Names must tell images apart: give each data set a file of
+            its own.
 
     Raises:
         FileNotFoundError: a file of the model is missing. ValueError: it is no BLIP, or the cache is damaged.
@@ -261,13 +276,18 @@ class Captioner:
         Raises:
             ValueError: a prefix leaves no room for a caption of MAX_TOKENS tokens.
         """
-        known = {} if self.cache is None else self.cache.content.get(self.path, {}).get(name, {})
+        known = {} if self.cache is None else self.cache.content.get(self.key, {}).get(name, {})
         made = {}
         if new := [prefix for prefix in dict.fromkeys(prefixes) if prefix not in known]:
             made = dict(zip(new, self.generate(image, new), strict=True))
             if self.cache is not None:
-                self.cache.add({self.path: {name: made}})
+                self.cache.add({self.key: {name: made}})
         return [{**known, **made}[prefix] for prefix in prefixes]
+
+    @property
+    def key(self) -> str:
+        """What kept captions go by, see VisionLanguageModel."""
+        return self.blip.key
 
     @torch.no_grad()
     def generate(self, image: Tensor, prefixes: Sequence[str]) -> list[str]:

@@ -1,12 +1,14 @@
 """Candidates from labels, files and a random CLIP of a few thousand weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -228,7 +230,7 @@ def batch():
 class Says:
     """Stands for a Captioner that has seen everything."""
 
-    path = "owner/captioner"
+    path, key = "owner/captioner", "captioner 0123"
 
     def __init__(self, first: str, second: str = "a picture of"):
         self.captions, self.calls = [first, second], []
@@ -340,6 +342,17 @@ def test_candidates_of_another_choice_are_not_taken_from_the_cache(clip, batch, 
     after = ClipCandidates(str(clip), **options, cache=cache)(batch, table)
     assert after == ClipCandidates(str(clip), **options)(batch, table) != before
     assert len(json.loads(Path(cache).read_text())) == 2
+
+
+def test_candidates_of_weights_that_were_replaced_are_not_taken_from_the_cache(clip, batch, tmp_path):
+    cache, folder = str(tmp_path / "c.json"), tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    found = ClipCandidates(str(folder), 0.5, cache=cache)(batch, TABLE)
+    weights = load_file(folder / "model.safetensors")
+    weights["visual_projection.weight"] *= -1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    again = ClipCandidates(str(folder), 0.5, cache=cache)(batch, TABLE)
+    assert again == ClipCandidates(str(folder), 0.5)(batch, TABLE) != found
 
 
 def test_without_a_cache_equal_names_do_not_mix_images(clip, batch):

@@ -115,7 +115,8 @@ def test_only_what_is_not_kept_is_written(blip, image, tmp_path, monkeypatch):
     captioner(image, "y", PREFIXES[:1])
     assert asked == [list(PREFIXES[:2]), [PREFIXES[2]], [PREFIXES[0]]]
     kept = json.loads((tmp_path / "captions.json").read_text())
-    assert list(kept) == [str(blip)] and set(kept[str(blip)]["x"]) == set(PREFIXES[:3])
+    (captions,) = kept.values()
+    assert set(captions["x"]) == set(PREFIXES[:3])
 
 
 def test_without_a_cache_equal_names_do_not_mix_images(blip, image):
@@ -129,6 +130,16 @@ def test_captions_of_another_model_are_not_taken_from_the_cache(blip, image, tmp
     captions = Captioner(str(blip), cache)(image, "x", PREFIXES)
     other = write_tiny_blip(tmp_path / "other", seed=1)
     assert Captioner(str(other), cache)(image, "x", PREFIXES) != captions
+
+
+def test_kept_captions_belong_to_the_weights_and_not_to_their_place(blip, image, tmp_path):
+    cache, copy = str(tmp_path / "captions.json"), tmp_path / blip.name
+    captions = Captioner(str(blip), cache)(image, "x", PREFIXES)
+    shutil.copytree(blip, copy)
+    moved = Captioner(str(copy), cache)
+    assert moved(image, "x", PREFIXES) == captions and moved.blip.model is None
+    replaced = write_tiny_blip(copy, seed=1)
+    assert Captioner(str(replaced), cache)(image, "x", PREFIXES) != captions
 
 
 def test_the_weights_are_read_at_the_first_caption_and_leave_the_global_generator_alone(blip, image):
