@@ -51,7 +51,7 @@ class WorkerLoader(DataLoader):
     """
 
     def __init__(self, dataset: Dataset, **options):
-        super().__init__(dataset, worker_init_fn=prepare_worker, **options)
+        super().__init__(dataset, **{**options, "worker_init_fn": prepare_worker})
 
     def __iter__(self):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -66,7 +66,7 @@ class WorkerLoader(DataLoader):
         handler = signal.getsignal(signal.SIGCHLD)
         iterator = WorkerIterator(self)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         return iterator
 
 
