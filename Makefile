@@ -28,14 +28,14 @@ demo: $(STAMP)
 	@echo "and more in $(DEMO)/pictures, $(DEMO)/test/own-best/pictures and $(DEMO)/predictions (legend.png)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not cuda and not slurm"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not slow and not cuda and not slurm"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not cuda"
 
 # As root on Debian: installs SLURM where it is missing, starts two nodes on this machine, and stops them.
 test-slurm: $(STAMP)
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -o faulthandler_timeout=0 -m slurm tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -312,8 +312,6 @@ class Checkpoints(Checkpoint):
         try:
             trainer.strategy.save_checkpoint(checkpoint, path)
         except (OSError, RuntimeError) as problem:
-            if "DataLoader worker" in str(problem):  # torch tells of its death wherever it happens to be
-                raise
             error = problem
         # Also a barrier: no process goes on before the file is complete.
         if trainer.strategy.reduce_boolean_decision(error is None):

@@ -3,6 +3,7 @@
 import errno
 import inspect
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ WORKER_DIED = r"DataLoader worker \(pid.*?(exited unexpectedly|is killed by sign
 WORKER_HANGS = r"DataLoader timed out after (\S+) seconds"
 WORKER_MEMORY = r"Caught \w*MemoryError in DataLoader worker|DataLoader worker.*Allocator: can't alloc"
 SHARED_MEMORY = r"signal: Bus error|shared memory.*No space left|</torch_.*No space left"
+OPEN_FILES = r"items of ancdata|Too many open files"  # the first is how it shows in a batch of a worker
 CPU_MEMORY = r"DefaultCPUAllocator: can't allocate memory|DefaultCPUAllocator: not enough memory"
 OTHER_RANK = (
     r"Connection (closed|reset) by peer|Socket closed|Broken pipe"
@@ -39,7 +41,7 @@ def describe(error: BaseException, trainer) -> str | None:
         A text of a few lines; None for what is no known failure, whose traceback is needed.
     """
     for each in chain(error):
-        for explain in (worker_failure, memory_failure, disk_failure, rank_failure, file_failure):
+        for explain in (worker_failure, memory_failure, disk_failure, open_files, rank_failure, file_failure):
             if text := explain(each, trainer):
                 return f"{text}\n{way_on(trainer)}"
     return None
@@ -176,6 +178,18 @@ def disk_failure(error: BaseException, trainer) -> str | None:
     return (
         f"The run cannot write: found that {DISK_FULL[error.errno]} at {file} ({error.strerror}).\n"
         "Make room there. Checkpoints that were written before are whole."
+    )
+
+
+def open_files(error: BaseException, trainer) -> str | None:
+    """The limit of open files, of which each tensor that a worker hands over is one."""
+    if not (isinstance(error, RuntimeError | OSError) and re.search(OPEN_FILES, str(error))):
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"Too many files are open: found {last_line(str(error))!r} with a limit of {soft}.\n"
+        f"Raise it (ulimit -n {hard}), or lower data.init_args.num_workers "
+        f"(now {getattr(trainer.datamodule, 'num_workers', '?')})."
     )
 
 

@@ -1,7 +1,8 @@
-"""Processes that load data: they outlive signals to all, and one that dies is an error and never a hang."""
+"""Processes that load data: they outlive signals to all, and one that dies is an error and no hang."""
 
 import multiprocessing.connection
 import os
+import queue
 import signal
 import threading
 import time
@@ -64,14 +65,20 @@ class WorkerLoader(DataLoader):
         if self.num_workers == 0:
             return super()._get_iterator()
         handler = signal.getsignal(signal.SIGCHLD)
-        iterator = WorkerIterator(self)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        return iterator
+        try:
+            return WorkerIterator(self)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                # Where SIG_IGN was inherited nobody would learn how a worker ended.
+                signal.signal(signal.SIGCHLD, handler if callable(handler) else signal.SIG_DFL)
 
 
 class WorkerIterator(_MultiProcessingDataLoaderIter):
-    """Looks at its workers every second while it waits, and ends also where one died at a bad moment."""
+    """Looks at its workers every second while it waits, and ends also where one died at a bad moment.
+
+    A message broken off would still be waited for; but one holds handles of tensors, not what is in them, and
+    is written at once.
+    """
 
     def _try_get_data(self, timeout: float = LOOK):
         """Wait for a batch of any worker: (True, batch), or (False, None) after `timeout` seconds.
@@ -82,29 +89,34 @@ class WorkerIterator(_MultiProcessingDataLoaderIter):
         end = time.monotonic() + timeout
         while True:
             try:
-                found, data = super()._try_get_data(max(0.0, min(LOOK, end - time.monotonic())))
+                return True, self._data_queue.get(timeout=max(0.0, min(LOOK, end - time.monotonic())))
+            except queue.Empty as error:
+                self.raise_death(error, wait=0)
             except (RuntimeError, OSError, EOFError) as error:
-                self.raise_death(error)
+                # A batch that breaks off may be noticed before its worker has quite ended.
+                self.raise_death(error, wait=LOOK)
                 raise
-            if found or time.monotonic() >= end:
-                return found, data
+            if time.monotonic() >= end:
+                return False, None
 
-    def raise_death(self, error: Exception) -> None:
-        """Raise the death of a worker, if that was the reason of an error."""
-        # A batch that breaks off may be noticed before its worker has quite ended.
-        ended = multiprocessing.connection.wait([worker.sentinel for worker in self._workers], LOOK)
+    def raise_death(self, error: Exception, wait: float) -> None:
+        """Raise the death of a worker as the reason of an error, if one is dead within `wait` seconds."""
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in self._workers], wait)
         for worker in self._workers:
             if worker.sentinel in ended:
                 worker.join()
-                killer = signal.strsignal(-worker.exitcode) if worker.exitcode < 0 else None
-                reason = f"is killed by signal: {killer}" if killer else "exited unexpectedly"
+                code, reason = worker.exitcode or 0, "exited unexpectedly"
+                if code < 0:
+                    reason = f"is killed by signal: {signal.strsignal(-code)}"
                 raise RuntimeError(f"DataLoader worker (pid {worker.pid}) {reason}.") from error
 
     def _shutdown_workers(self) -> None:
-        workers = getattr(self, "_workers", ())
-        if any(worker.exitcode for worker in workers):
-            # A dead one may have held the lock of the event that ends the others: all would wait for ever.
+        # One that died while it held the lock of the event that ends all would be waited for for ever.
+        event = getattr(self, "_workers_done_event", None)
+        if event is not None and event._cond.acquire(timeout=LOOK):
+            event._cond.release()
+        elif event is not None:
             self._workers_done_event = torch.multiprocessing.Event()
-            for worker in workers:
+            for worker in self._workers:
                 worker.kill()
         super()._shutdown_workers()

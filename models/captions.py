@@ -32,6 +32,11 @@ NEEDED = (  # files of a model folder, alternatives side by side
     ("tokenizer.json", "vocab.txt", "vocab.json"),
 )
 DOWNLOADED = ["*.json", "vocab.txt", "merges.txt", "model.safetensors"]
+READ = (  # all that answers may depend on
+    *(name for any_of in NEEDED for name in any_of),
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "merges.txt",
+)
 
 
 def find_folder(path: str) -> Path:
@@ -107,7 +112,7 @@ class VisionLanguageModel:
         They hold for a copy in another place, and not for other weights in the same one.
         """
         digest = hashlib.sha256()
-        for file in sorted(file for pattern in DOWNLOADED for file in self.folder.glob(pattern)):
+        for file in filter(Path.is_file, (self.folder / name for name in READ)):
             with file.open("rb") as content:
                 digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
         return f"{PurePath(self.path).name} {digest.hexdigest()[:16]}"

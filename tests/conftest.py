@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two threads of each of two processes would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 # What has no training, no single image or an earlier part has tests in a file of its own.
 OWN_FILES = ("diffsegmenter", "difffss", "base_learner")
 EXPERIMENTS = sorted(p for p in (ROOT / "conf/mini").glob("*.yaml") if not p.stem.startswith(OWN_FILES))
-LIKE_ANOTHER = ("madm_rgb2event", "madm_rgb2infrared")  # madm_rgb2depth but for the data
 SHORT = "--data.batch_size 2 --data.num_workers 0 --wandb.mode disabled"
 ONE_SET = "--data.train_length 4 --data.eval_length 1"
 STREET = "datamodules.mini_world.datamodule.MiniStreetDataModule"
@@ -26,13 +25,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(path, marks=pytest.mark.slow if path.stem in LIKE_ANOTHER else (), id=path.stem)
-        for path in EXPERIMENTS
-    ],
-)
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=lambda path: path.stem)
 def test_a_mini_experiment_trains_resumes_is_scored_and_predicts(config, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # the configs name assets/mini-diffusion
     run, images, masks = (str(tmp_path / name) for name in ("run", "images", "masks"))

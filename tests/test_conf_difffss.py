@@ -146,10 +146,7 @@ def drawn(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["hsnet", pytest.param("bam", marks=pytest.mark.slow), pytest.param("pfenet", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("host", ["hsnet", "bam", "pfenet"])
 def test_a_mini_experiment_trains_resumes_and_is_scored_on_all_settings(host, drawn, tmp_path, monkeypatch):
     monkeypatch.chdir(drawn)
     config, run = str(CONF / f"mini/difffss_{host}.yaml"), tmp_path / "run"

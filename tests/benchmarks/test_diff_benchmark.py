@@ -32,7 +32,6 @@ def config(tmp_path_factory):
     return write_config(folder / "tiny.yaml", experiment)
 
 
-@pytest.mark.slow
 def test_both_orders_are_timed_and_their_logits_agree(config, tmp_path, monkeypatch):
     assert diff.STEPS == 37
     monkeypatch.setattr(diff, "STEPS", 5)

@@ -145,7 +145,6 @@ def test_a_worker_that_dies_within_a_step_lets_the_step_end_and_is_told_of(tmp_p
     network, start = Killing(), time.monotonic()
     text = told(tmp_path, network=network, data=TinyDataModule(num_workers=1), steps=20, every=100)
     assert "A data worker died: found that it is killed by signal: Killed" in text
-    # Batches that were ready are used first.
     assert 3 <= network.ended == network.passes and f"last.ckpt of step {network.ended} is valid" in text
     assert time.monotonic() - start < 60  # and not after the 300 seconds of a hung worker
 
@@ -188,6 +187,16 @@ def test_a_full_disk_is_told_also_as_the_reason_of_another_error(tmp_path, numbe
     error.__context__ = OSError(number, "No space", "/data/metrics.csv")
     assert f"{said} up" if number == errno.EDQUOT else said in told(tmp_path, error)
     assert "/data/metrics.csv" in told(tmp_path / "again", error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("received 0 items of ancdata"), OSError(errno.EMFILE, "Too many open files", "x.png")],
+)
+def test_the_limit_of_open_files_is_named(tmp_path, error):
+    text = told(tmp_path, error)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert f"with a limit of {soft}" in text and f"ulimit -n {hard}" in text and "num_workers (now 0)" in text
 
 
 def test_of_a_lost_rank_the_others_logs_are_named(tmp_path):

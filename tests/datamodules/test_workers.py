@@ -94,12 +94,33 @@ def test_a_hung_worker_is_an_error_after_the_timeout():
     assert time.monotonic() - start > 1.4
 
 
-def test_a_loader_ends_also_where_a_killed_worker_held_the_lock_of_its_end():
+def test_a_worker_that_dies_with_the_lock_of_the_end_is_an_error_and_the_loader_ends():
+    batches = iter(WorkerLoader(range(100), num_workers=2))
+    next(batches)
+    lock = batches._workers_done_event._cond
+    lock.acquire()
+    for worker in workers():
+        worker.kill()
+        worker.join()
+    errors = []
+
+    def go_on():
+        try:
+            list(batches)
+        except RuntimeError as error:
+            errors.append(str(error))
+        batches._shutdown_workers()
+
+    ending = threading.Thread(target=go_on, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive() and workers() == [] and "is killed by signal: Killed" in errors[0]
+
+
+def test_workers_end_where_a_dead_one_holds_the_lock_that_they_want():
     batches = iter(WorkerLoader(range(100), num_workers=2))
     next(batches)
     batches._workers_done_event._cond.acquire()
-    workers()[0].kill()
-    workers()[0].join()
     ending = threading.Thread(target=batches._shutdown_workers, daemon=True)
     ending.start()
     ending.join(20)

@@ -230,7 +230,7 @@ def batch():
 class Says:
     """Stands for a Captioner that has seen everything."""
 
-    path, key = "owner/captioner", "captioner 0123"
+    key = "captioner 0123"
 
     def __init__(self, first: str, second: str = "a picture of"):
         self.captions, self.calls = [first, second], []

@@ -104,7 +104,6 @@ def test_both_branches_take_one_call_of_the_autoencoder_and_one_of_the_unet_a_st
     assert module.diffusion.text_encoder is None
 
 
-@pytest.mark.slow
 def test_the_path_of_37_steps_equals_the_plain_order_with_a_velocity_model(tmp_path_factory):
     folder = write_tiny_model(tmp_path_factory.mktemp("v"), prediction_type="v_prediction")
     found = {}
