@@ -2,26 +2,18 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
-from torch.utils.data import Dataset
 
 from datamodules.workers import WorkerLoader
+from tests.faulty_data import FaultySamples
 from tests.tiny_training import TinyDataModule, assert_equal
-
-
-class Slow(Dataset):
-    """Samples that take ten minutes."""
-
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index):
-        time.sleep(600)
 
 
 def workers() -> list[multiprocessing.Process]:
@@ -29,8 +21,16 @@ def workers() -> list[multiprocessing.Process]:
 
 
 def send(number: int) -> None:
-    """Signal all workers as a terminal or SLURM does: by another process than the main one."""
-    os.spawnvp(os.P_WAIT, "kill", ["kill", f"-{int(number)}", *(str(w.pid) for w in workers())])
+    """Signal all workers as a terminal or SLURM does, by another process, until they have taken it."""
+    pids = [worker.pid for worker in workers()]
+    os.spawnvp(os.P_WAIT, "kill", ["kill", f"-{int(number)}", *map(str, pids)])
+    while any(is_pending(number, pid) for pid in pids):
+        time.sleep(0.01)
+
+
+def is_pending(number: int, pid: int) -> bool:
+    pending = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_workers_outlive_signals_to_all_processes_and_end_at_once_with_their_loader():
@@ -60,7 +60,6 @@ def test_workers_end_at_the_second_sigterm_of_others_and_at_the_first_of_the_mai
     loader = iter(TinyDataModule(num_workers=1).train_dataloader())
     next(loader)
     send(signal.SIGTERM)
-    time.sleep(0.2)
     next(loader)
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         send(signal.SIGTERM)
@@ -86,8 +85,8 @@ def test_a_dead_worker_is_an_error_with_its_signal_where_its_batch_is_waited_for
 
 
 @pytest.mark.slow
-def test_a_hung_worker_is_an_error_after_the_timeout():
-    batches = iter(WorkerLoader(Slow(), num_workers=1, timeout=1.5))
+def test_a_hung_worker_is_an_error_after_the_timeout(tmp_path):
+    batches = iter(WorkerLoader(FaultySamples(tmp_path, 0, "sleeps"), num_workers=1, timeout=1.5))
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"timed out after 1\.5 seconds"):
         next(batches)

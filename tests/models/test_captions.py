@@ -115,8 +115,7 @@ def test_only_what_is_not_kept_is_written(blip, image, tmp_path, monkeypatch):
     captioner(image, "y", PREFIXES[:1])
     assert asked == [list(PREFIXES[:2]), [PREFIXES[2]], [PREFIXES[0]]]
     kept = json.loads((tmp_path / "captions.json").read_text())
-    (captions,) = kept.values()
-    assert set(captions["x"]) == set(PREFIXES[:3])
+    assert list(kept) == [captioner.key] and set(kept[captioner.key]["x"]) == set(PREFIXES[:3])
 
 
 def test_without_a_cache_equal_names_do_not_mix_images(blip, image):
